@@ -1,0 +1,144 @@
+"""Which implementation runs, and the reasons why each other one does not.
+
+Eager and compiled code ask the same function, `choose`. It looks at metadata only. An implementation that the user asked
+for by name (`use_backend`, MMGEN_KERNELS_BACKEND) and that cannot serve raises with the reasons; an automatic choice may
+fall back to the reference, and says so once per (operator, reason).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mmgen_kernels.library import NAMESPACE, OPERATORS, Operator
+
+IMPLEMENTATIONS = ("cuda", "triton", "torch", "cpp", "reference")  # in order of preference
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "torch": ("cpu", "cuda"), "cpp": ("cpu",)}
+FAMILIES = ("vq",)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_forced: dict[str | None, str] = {}  # family (None: all) -> implementation; a module global, which Dynamo can guard
+_warned: set[tuple[str, str]] = set()
+_library_error: str | None = None  # why the C++ part is not there
+
+
+def load_library() -> None:
+    """Loads the C++ part. One that is there and does not load is an error of the installation, kept and shown, not hidden."""
+    global _library_error
+    folder = Path(__file__).parent
+    facts = build_facts()
+    found = sorted(folder.glob("_C.*so"))
+    if not found:
+        _library_error = f"not built: {facts['cause']}" if facts.get("cause") else "not built (pip install --no-build-isolation .)"
+        return
+    try:
+        torch.ops.load_library(str(found[0]))
+        for operator in OPERATORS.values():
+            operator.has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator.name}", "CPU")
+    except OSError as error:
+        _library_error = f"built for torch {facts.get('torch', 'unknown')}, you have {torch.__version__}: {error}"
+        warnings.warn(f"mmgen_kernels: the C++ part does not load, the reference serves the CPU: {_library_error}", stacklevel=2)
+
+
+def build_facts() -> dict:
+    """What setup.py wrote: built or not, with which compiler and torch, or the cause."""
+    path = Path(__file__).parent / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def reasons_against(operator: Operator, implementation: str, device: str) -> list[str]:
+    """Why `implementation` cannot serve `operator` on tensors of `device`; empty if it can."""
+    if implementation == "reference":
+        return []
+    reasons = []
+    if device not in DEVICES[implementation]:
+        reasons.append(f"runs on {' and '.join(DEVICES[implementation])} tensors, not on {device}")
+    if implementation == "cpp":
+        if _library_error:
+            reasons.append(_library_error)
+        elif not operator.has_cpp:
+            reasons.append(f"{operator.name} has no C++ kernel")
+    elif implementation not in operator.launchers:
+        reasons.append(f"{operator.name} has no {implementation} kernel")
+    elif implementation == "triton" and not HAS_TRITON:
+        reasons.append("triton is not installed (pip install triton)")
+    return reasons
+
+
+def choose(operator: Operator, family: str, device: str) -> str:
+    """The implementation that serves `operator` on `device`."""
+    forced = _forced.get(family) or _forced.get(None)
+    if forced is not None:
+        if reasons := reasons_against(operator, forced, device):
+            raise RuntimeError(
+                f"use_backend({forced!r}) cannot serve {operator.name}: {'; '.join(reasons)}\n{describe(operator, device)}"
+            )
+        return forced
+    if device == "cpu" and operator.has_cpp:  # the common case, kept short: this runs on every eager call
+        return "cpp"
+    for implementation in IMPLEMENTATIONS:
+        if not reasons_against(operator, implementation, device):
+            break
+    if implementation == "reference" and device in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        _warn_once(operator, device)
+    return implementation
+
+
+def _warn_once(operator: Operator, device: str) -> None:
+    best = "cpp" if device == "cpu" else "triton"
+    reason = "; ".join(reasons_against(operator, best, device))
+    if (operator.name, reason) not in _warned:
+        _warned.add((operator.name, reason))
+        warnings.warn(f"mmgen_kernels.{operator.name} runs as plain PyTorch on {device}: {best}: {reason}", stacklevel=4)
+
+
+@contextmanager
+def use_backend(implementation: str, family: str | None = None) -> Iterator[None]:
+    """Runs operators by one implementation inside the `with`; what it cannot serve raises instead of falling back.
+
+    Args:
+        implementation: cuda, triton, torch, cpp or reference.
+        family: vq; None means every family.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)} or None, got {family!r}")
+    before = _forced.get(family)
+    _forced[family] = implementation
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[family]
+        else:
+            _forced[family] = before
+
+
+def describe(operator: Operator, device: str) -> str:
+    """One line per implementation: it serves, or the reasons against it."""
+    lines = [f"{operator.name} on {device}:"]
+    for implementation in IMPLEMENTATIONS:
+        reasons = reasons_against(operator, implementation, device)
+        lines.append(f"  {implementation:<10} {'; '.join(reasons) or 'available'}")
+    return "\n".join(lines)
+
+
+def backend_report() -> str:
+    """What serves each operator on each kind of device this machine has, and the reasons against everything else."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    forward = [o for o in OPERATORS.values() if not o.name.endswith("_backward")]
+    return "\n".join(describe(operator, device) for device in devices for operator in forward)
+
+
+if chosen := os.environ.get("MMGEN_KERNELS_BACKEND"):
+    if chosen not in IMPLEMENTATIONS:
+        raise ValueError(f"MMGEN_KERNELS_BACKEND must be one of {', '.join(IMPLEMENTATIONS)}, got {chosen!r}")
+    _forced[None] = chosen

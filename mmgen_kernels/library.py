@@ -1,0 +1,244 @@
+"""How a schema becomes a torch operator: implementations, fake, autograd and vmap are wired here, once, for all families.
+
+`define` takes two schemas, forward and backward, and wires autograd *by the names in them*. An argument of the backward is
+
+    grad_<output>       the gradient of that output of the forward (None where it has none)
+    need_grad_<input>   whether that input wants a gradient
+    <input>_shape       the sizes of that input (when only its sizes are needed, it is not kept alive)
+    anything else       the input or output of the forward that bears this name, saved by the forward
+
+and a result `grad_<input>` is the gradient of that input. No family writes an autograd.Function.
+
+Measured costs and why it is done this way rather than with `torch.library.custom_op`: docs/design.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active as functorch_is_active  # type: ignore[attr-defined]
+from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # type: ignore[attr-defined]
+from torch._C import _DisableAutocast as NoAutocast  # type: ignore[attr-defined]
+
+NAMESPACE = "mmgen_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901 - lives as long as the process
+OPERATORS: dict[str, Operator] = {}
+
+
+class Operator:
+    """One registered operator and its overloads, one overload per implementation.
+
+    `torch.ops.mmgen_kernels.<name>` (the default overload) runs what serves the tensor's device best: the C++ kernel on
+    CPU where it was built, else the reference. `.reference` and one overload per lazily imported launcher name an
+    implementation outright, so that a compiled graph shows what it runs.
+    """
+
+    def __init__(self, schema: str, reference: Callable, fake: Callable, launchers: dict[str, str], vmap: Callable | None):
+        parsed = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
+        self.name = parsed.name.removeprefix(f"{NAMESPACE}::")
+        self.inputs = [a.name for a in parsed.arguments]
+        self.outputs = [r.name for r in parsed.returns]
+        self.reference, self.fake, self.launchers = reference, fake, launchers
+        self.backward: Operator | None = None
+        self.sources: list[tuple[str, int]] = []  # where each argument of the backward comes from
+        self.overloads: dict[str, Any] = {}
+        self.has_cpp = False  # set once the C++ part is loaded: a plain attribute, which Dynamo can guard
+
+        signature = schema[schema.index("(") :]
+        for overload in ("default", "reference", *launchers):
+            qualified = self.name if overload == "default" else f"{self.name}.{overload}"
+            LIBRARY.define(qualified + signature, tags=(torch.Tag.pt2_compliant_tag,))
+            kernel = _import_launcher(launchers[overload]) if overload in launchers else reference
+            LIBRARY.impl(qualified, _python_kernel(kernel), "CompositeExplicitAutograd")
+            self.overloads[overload] = getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), overload)
+            torch.library.register_fake(self.overloads[overload], fake, lib=LIBRARY)
+            torch.library.register_vmap(self.overloads[overload], vmap or functools.partial(vmap_by_loop, self, overload), lib=LIBRARY)
+        self.overloads["cpp"] = self.overloads["default"]
+        OPERATORS[self.name] = self
+
+    def __call__(self, implementation: str, *args: Any) -> Any:
+        """Runs the operator by the cheapest road that is right: see the table in docs/design.md."""
+        overload = self.overloads[implementation]
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        if functorch_is_active():
+            return overload(*args) if self.backward is None else _Functorch.apply(self, implementation, *args)
+        if self.backward is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return _Eager.apply(self, implementation, *args)
+        with BelowAutograd():
+            return overload(*args)
+
+    # -- autograd by names --------------------------------------------------------------------------------------------
+
+    def wire(self, backward: Operator) -> None:
+        """Resolves every argument of the backward to its source, and registers autograd for each overload."""
+        for name in backward.inputs:
+            for prefix, suffix, kind, known in (
+                ("grad_", "", "gradient", self.outputs),
+                ("need_grad_", "", "needed", self.inputs),
+                ("", "_shape", "shape", self.inputs),
+                ("", "", "input", self.inputs),
+                ("", "", "output", self.outputs),
+            ):
+                stem = name.removeprefix(prefix).removesuffix(suffix)
+                if name.startswith(prefix) and name.endswith(suffix) and stem in known:
+                    self.sources.append((kind, known.index(stem)))
+                    break
+            else:
+                raise ValueError(f"{backward.name}: argument {name!r} names nothing of {self.name}")
+        if unknown := [r for r in backward.outputs if r.removeprefix("grad_") not in self.inputs]:
+            raise ValueError(f"{backward.name}: results {unknown} are not grad_<input of {self.name}>")
+        self.backward = backward
+        for implementation, overload in self.overloads.items():
+            if implementation == "cpp":  # an alias of the default overload
+                continue
+            torch.library.register_autograd(
+                overload,
+                functools.partial(self.gradients, backward.overloads[implementation]),
+                setup_context=self.save,
+                lib=LIBRARY,
+            )
+            torch.library.register_autograd(backward.overloads[implementation], backward.refuse_double_backward, lib=LIBRARY)
+
+    def save(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        """Keeps for the backward what its schema names: tensors as saved tensors, the rest as plain attributes."""
+        outputs = output if isinstance(output, tuple) else (output,)
+        pool = {"input": inputs, "output": outputs}
+        kept = [pool[kind][i] for kind, i in self.sources if kind in pool]
+        ctx.save_for_backward(*[k if isinstance(k, Tensor) else None for k in kept])
+        ctx.plain = [None if isinstance(k, Tensor) else k for k in kept]
+        ctx.shapes = [list(inputs[i].shape) for kind, i in self.sources if kind == "shape"]
+        ctx.set_materialize_grads(False)
+
+    def gradients(self, call: Callable, ctx: Any, *grads: Tensor | None) -> tuple:
+        """Calls the backward with arguments found by name; returns one gradient (or None) per input of the forward."""
+        assert self.backward is not None
+        kept = iter([p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)])
+        shapes = iter(ctx.shapes)
+        # the two leading arguments of the Function classes below are not inputs of the operator
+        needed = ctx.needs_input_grad[-len(self.inputs) :]
+        arguments = []
+        for kind, i in self.sources:
+            if kind == "gradient":
+                arguments.append(grads[i])
+            elif kind == "needed":
+                arguments.append(needed[i])
+            else:
+                arguments.append(next(shapes if kind == "shape" else kept))
+        results = call(*arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        by_name = dict(zip(self.backward.outputs, results, strict=True))
+        return tuple(by_name.get(f"grad_{name}") if need else None for name, need in zip(self.inputs, needed, strict=True))
+
+    def refuse_double_backward(self, ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{NAMESPACE}: {self.name} has no derivative; the operator is differentiable once")
+
+
+class _Eager(torch.autograd.Function):
+    """The fast road in eager mode. The form without setup_context costs 12 us less per call."""
+
+    @staticmethod
+    def forward(ctx, operator, implementation, *args):  # type: ignore[override]
+        with BelowAutograd():
+            output = operator.overloads[implementation](*args)
+        operator.save(ctx, args, output)
+        ctx.operator, ctx.implementation = operator, implementation
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        call = ctx.operator.backward.overloads[ctx.implementation]
+        if torch.is_grad_enabled():  # create_graph=True: the registered autograd of the backward raises if it is used
+            return None, None, *ctx.operator.gradients(call, ctx, *grads)
+        with BelowAutograd():
+            return None, None, *ctx.operator.gradients(call, ctx, *grads)
+
+
+class _Functorch(torch.autograd.Function):
+    """torch.func transforms want setup_context, and refuse what register_autograd makes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator, implementation, *args):  # type: ignore[override]
+        return operator.overloads[implementation](*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator, ctx.implementation, *args = inputs
+        if ctx.operator.backward is not None:
+            ctx.operator.save(ctx, tuple(args), output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if ctx.operator.backward is None:
+            ctx.operator.refuse_double_backward(ctx)
+        call = functools.partial(_Functorch.apply, ctx.operator.backward, ctx.implementation)
+        return None, None, *ctx.operator.gradients(call, ctx, *grads)
+
+
+def _import_launcher(path: str) -> Callable:
+    """'package.module:function', imported at the first call: importing mmgen_kernels needs neither Triton nor a GPU."""
+
+    def launcher(*args):
+        module, function = path.split(":")
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return launcher
+
+
+def _python_kernel(function: Callable) -> Callable:
+    """A kernel written in Python must record no autograd, must not be cast by autocast, and returns dense outputs as the fake says."""
+
+    def kernel(*args):
+        with BelowAutograd(), NoAutocast():
+            output = function(*args)
+        return tuple(o.contiguous() for o in output) if isinstance(output, tuple) else output.contiguous()
+
+    return kernel
+
+
+def vmap_by_loop(operator: Operator, overload: str, info: Any, in_dims: tuple, *args: Any) -> tuple:
+    """The rule of operators that bring none: one call per sample, stacked. Right for every operator, fast for none."""
+    calls = []
+    for sample in range(info.batch_size):
+        calls.append(
+            operator.overloads[overload](*[a.select(d, sample) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)])
+        )
+    if isinstance(calls[0], tuple):
+        return tuple(torch.stack(o) for o in zip(*calls, strict=True)), (0,) * len(calls[0])
+    return torch.stack(calls), 0
+
+
+def define(
+    forward: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    backward: str | None = None,
+    backward_reference: Callable | None = None,
+    backward_fake: Callable | None = None,
+    launchers: dict[str, tuple[str, str] | str] | None = None,
+    vmap: Callable | None = None,
+) -> Operator:
+    """Registers an operator, and its backward if it has one.
+
+    Args:
+        forward, backward: schemas without namespace; every argument and every result of them bears a name.
+        reference, backward_reference: plain PyTorch with the schema's signature; serves every device without a kernel.
+        fake, backward_fake: the shapes, dtypes and memory formats of the results.
+        launchers: implementation -> "module:function" (a pair, forward and backward, where there is a backward).
+        vmap: rule (info, in_dims, *args) -> (output, out_dims) of the forward, where a loop over samples is too slow.
+    """
+    launchers = launchers or {}
+    pairs = {name: (path, "") if isinstance(path, str) else path for name, path in launchers.items()}
+    operator = Operator(forward, reference, fake, {n: p[0] for n, p in pairs.items()}, vmap)
+    if backward is not None:
+        assert backward_reference is not None and backward_fake is not None
+        operator.wire(Operator(backward, backward_reference, backward_fake, {n: p[1] for n, p in pairs.items()}, None))
+    return operator

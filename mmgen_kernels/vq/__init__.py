@@ -1,0 +1,1 @@
+"""Nearest-codebook lookup and vector quantization."""
