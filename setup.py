@@ -8,6 +8,7 @@ Environment:
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -31,7 +32,7 @@ FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-f
 # One translation unit per instruction set, so that no header's inline function leaks AVX-512 into the generic path.
 INSTRUCTION_SET_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
 }
 
 
@@ -126,7 +127,11 @@ class Build(build_ext):
         path.write_text(json.dumps(facts, indent=1) + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: get_ext_fullpath already points into the source tree, nothing is left to copy."""
+        """Editable installs: the facts go where the extension goes."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "mmgen_kernels" / "_build.json"
+        if built.exists():
+            shutil.copy(built, Path(self.get_finalized_command("build_py").get_package_dir("mmgen_kernels")) / "_build.json")
 
 
 EXTENSIONS = extensions()

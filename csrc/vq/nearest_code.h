@@ -1,0 +1,58 @@
+// Nearest-code lookup on the CPU: one fp32 pass that keeps the minimum of each tile of codes, a rigorous bound on its error,
+// and an fp64 comparison of the few codes that the bound cannot tell apart. docs/vq.md proves the bound.
+#pragma once
+
+#include <cstdint>
+
+#include "simd/instruction_set.h"
+#include "vq/rows.h"
+
+namespace mmgen_kernels::vq {
+
+enum class Metric { l2, cosine, dot };
+
+struct Query {
+  Rows x;               // (N, D)
+  Rows codebook;        // (K, D)
+  const bool* mask;     // (N,) true = valid, or nullptr
+  Metric metric;
+  bool exact;           // false: the pass without the fp64 comparison
+  int64_t* indices;     // (N,) out
+};
+
+// What one call did, for tests and benchmarks.
+struct Counters {
+  int64_t rescored_tiles = 0;   // tiles looked at again in fp32
+  int64_t exact_values = 0;     // distances evaluated in fp64
+  int64_t brute_force_rows = 0;
+};
+
+void nearest_code(const Query& query, InstructionSet set, Counters* counters = nullptr);
+
+// The inner loops, one table per instruction set. A panel holds `rows` rows, two vectors of them, as [dim][rows]; a tile holds
+// `codes` codes as [dim][codes]. With codes packed as -2c and a norm term |c|^2, norm + x . packed is |x - c|^2 - |x|^2.
+struct Kernels {
+  const char* name;
+  int64_t rows;
+  int64_t codes;
+
+  // out = row - mean (nullptr: none) in fp64; returns its squared norm.
+  double (*read)(const Rows& matrix, int64_t row, const double* mean, double* out);
+  // out[d * stride] = float(values[d] * scale)
+  void (*pack)(const double* values, double scale, int64_t dim, int64_t stride, float* out);
+  // minima[t][r] = the smallest score of row r in tile t; row_minima[r] = min(itself, those).
+  void (*sweep)(const float* panel, const float* tiles, const float* norms, int64_t dim, int64_t count, float* minima,
+                float* row_minima);
+  // Bit r of masks[t]: minima[t][r] <= thresholds[r].
+  void (*compare)(const float* minima, int64_t count, const float* thresholds, uint32_t* masks);
+  // scores[j] of one row with the codes of one tile. Reads up to one vector past the tile.
+  void (*rescore)(const float* row, const float* tile, const float* norms, int64_t dim, float* scores);
+};
+
+extern const Kernels scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace mmgen_kernels::vq

@@ -1,0 +1,206 @@
+// Everything of vector_quantize around the lookup: gather and losses forward, gradients backward. All sums in fp64 and in row
+// order (per chunk of rows, chunks in order), so that nothing depends on the number of threads.
+#include "vq/vector_quantize.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace mmgen_kernels::vq {
+namespace {
+
+constexpr int64_t chunk = 256;  // rows whose losses are summed before the chunks are
+
+template <class F>
+void parallel(int64_t count, int64_t work_per_item, const F& f) {
+  if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(1, 32 * 1024 / std::max<int64_t>(1, work_per_item)), f);
+}
+
+ScalarType promote(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  if (a == ScalarType::Double || b == ScalarType::Double) return ScalarType::Double;
+  return ScalarType::Float;
+}
+ScalarType at_least_float(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
+
+uint16_t to_bf16(double value) {
+  const float f = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (std::isnan(f)) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Row `row` of a contiguous (rows, dim) tensor of any float dtype.
+void write_row(void* data, Float dtype, int64_t row, int64_t dim, const double* values) {
+  switch (dtype) {
+    case Float::fp64:
+      std::copy_n(values, dim, static_cast<double*>(data) + row * dim);
+      break;
+    case Float::fp32:
+      for (int64_t d = 0; d < dim; ++d) static_cast<float*>(data)[row * dim + d] = static_cast<float>(values[d]);
+      break;
+    case Float::bf16:
+      for (int64_t d = 0; d < dim; ++d) static_cast<uint16_t*>(data)[row * dim + d] = to_bf16(values[d]);
+      break;
+    case Float::fp16:
+      for (int64_t d = 0; d < dim; ++d)
+        static_cast<torch::headeronly::Half*>(data)[row * dim + d] = torch::headeronly::Half(static_cast<float>(values[d]));
+      break;
+  }
+}
+
+Tensor scalar(const Tensor& like, double value, ScalarType dtype) {
+  Tensor out = empty_like_with(like, {}, dtype);
+  if (dtype == ScalarType::Double) *static_cast<double*>(out.mutable_data_ptr()) = value;
+  else *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
+  return out;
+}
+
+double value_of(const std::optional<Tensor>& scalar_tensor) {
+  if (!scalar_tensor.has_value()) return 0;
+  double value;
+  read_row({scalar_tensor->const_data_ptr(), float_of(scalar_tensor->scalar_type()), 1, 1, 1}, 0, &value);
+  return value;
+}
+
+// s R^T g of the rotation trick (mmgen_kernels/vq/reference.py: rotate_to), in place; unchanged where no rotation exists.
+void rotate_back(const double* x, const double* c, double* g, int64_t dim) {
+  double x_norm = 0, c_norm = 0;
+  for (int64_t d = 0; d < dim; ++d) x_norm += x[d] * x[d], c_norm += c[d] * c[d];
+  x_norm = std::sqrt(x_norm), c_norm = std::sqrt(c_norm);
+  if (!(x_norm > 0 && c_norm > 0)) return;
+  double r_squared = 0, r_dot_g = 0, q_dot_g = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const double q = c[d] / c_norm, r = x[d] / x_norm + q;
+    r_squared += r * r;
+    r_dot_g += r * g[d];
+    q_dot_g += q * g[d];
+  }
+  if (!(r_squared > 0)) return;
+  const double s = c_norm / x_norm;
+  for (int64_t d = 0; d < dim; ++d) {
+    const double e = x[d] / x_norm, r = e + c[d] / c_norm;
+    g[d] = s * (g[d] - 2 * r * (r_dot_g / r_squared) + 2 * e * q_dot_g);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize_cpu(const Tensor& x, const Tensor& codebook,
+                                                                       const std::optional<Tensor>& mask, double beta,
+                                                                       bool legacy_beta, std::string gradient,
+                                                                       std::string metric, std::string precision) {
+  const bool has_heads = codebook.dim() == 3;
+  Tensor indices = nearest_code_cpu(x, codebook, mask, metric, precision);
+  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
+  const HeadRows rows(x, has_heads), codes(codebook, has_heads);
+  const int64_t count = rows.first.count, dim = rows.first.dim, total = rows.heads * count;
+  const ScalarType dtype = promote(x.scalar_type(), codebook.scalar_type());
+  Tensor quantized = empty_like_with(x, {x.sizes().begin(), x.sizes().end()}, dtype);
+  void* out = quantized.mutable_data_ptr();
+
+  const int64_t chunks = (total + chunk - 1) / chunk;
+  std::vector<double> squares(chunks, 0.0);
+  std::vector<int64_t> valid(chunks, 0);
+  parallel(chunks, chunk * dim, [&](int64_t begin, int64_t end) {
+    std::vector<double> row(dim), code(dim);
+    for (int64_t i = begin * chunk; i < std::min(total, end * chunk); ++i) {
+      const int64_t h = i / count;
+      if (index[i] < 0) {
+        std::fill(code.begin(), code.end(), 0.0);
+      } else {
+        read_row(rows.head(h), i - h * count, row.data());
+        read_row(codes.head(h), index[i], code.data());
+        double squared = 0;
+        for (int64_t d = 0; d < dim; ++d) squared += (row[d] - code[d]) * (row[d] - code[d]);
+        squares[i / chunk] += squared;
+        valid[i / chunk] += 1;
+        if (!std::isfinite(squared)) std::fill(code.begin(), code.end(), std::numeric_limits<double>::quiet_NaN());
+      }
+      write_row(out, float_of(dtype), i, dim, code.data());
+    }
+  });
+  const double terms = double(std::max<int64_t>(1, std::accumulate(valid.begin(), valid.end(), int64_t{0}))) * dim;
+  const double mean = std::accumulate(squares.begin(), squares.end(), 0.0) / terms;
+  const ScalarType wide = at_least_float(dtype);
+  // both losses have one value; they differ in where their gradients go
+  return {quantized, indices, scalar(x, legacy_beta ? beta * mean + mean : mean + beta * mean, wide), scalar(x, mean, wide),
+          scalar(x, mean, wide)};
+}
+
+std::tuple<Tensor, Tensor> vector_quantize_backward_cpu(
+    const std::optional<Tensor>& grad_quantized, const std::optional<Tensor>& grad_loss,
+    const std::optional<Tensor>& grad_commitment_loss, const std::optional<Tensor>& grad_codebook_loss, const Tensor& x,
+    const Tensor& quantized, const Tensor& indices, std::vector<int64_t> codebook_shape, double beta, bool legacy_beta,
+    std::string gradient, bool need_grad_x, bool need_grad_codebook) {
+  const bool has_heads = codebook_shape.size() == 3;
+  const HeadRows rows(x, has_heads), codes(quantized, has_heads);
+  const Tensor dense_indices = torch::stable::contiguous(indices);
+  const int64_t* index = static_cast<const int64_t*>(dense_indices.const_data_ptr());
+  const int64_t count = rows.first.count, dim = rows.first.dim, total = rows.heads * count;
+  const int64_t valid = std::count_if(index, index + total, [](int64_t i) { return i >= 0; });
+  const double per_term = 2.0 / (double(std::max<int64_t>(1, valid)) * dim);
+  const double to_x = per_term * (value_of(grad_commitment_loss) + value_of(grad_loss) * (legacy_beta ? 1.0 : beta));
+  const double to_codebook = per_term * (value_of(grad_codebook_loss) + value_of(grad_loss) * (legacy_beta ? beta : 1.0));
+
+  Tensor grad_x = empty_like_with(x, {0}, x.scalar_type());
+  if (need_grad_x) {
+    grad_x = empty_like_with(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
+    void* out = grad_x.mutable_data_ptr();
+    const Float dtype = float_of(x.scalar_type());
+    std::optional<HeadRows> grads;
+    if (grad_quantized.has_value()) grads.emplace(*grad_quantized, has_heads);
+    const bool rotate = gradient == "rotation";
+    parallel(total, dim, [&](int64_t begin, int64_t end) {
+      std::vector<double> row(dim), code(dim), g(dim);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t h = i / count, n = i - h * count;
+        std::fill(g.begin(), g.end(), 0.0);
+        if (index[i] >= 0) {
+          read_row(rows.head(h), n, row.data());
+          read_row(codes.head(h), n, code.data());
+          if (grads) {
+            read_row(grads->head(h), n, g.data());
+            if (rotate) rotate_back(row.data(), code.data(), g.data(), dim);
+          }
+          for (int64_t d = 0; d < dim; ++d) g[d] += to_x * (row[d] - code[d]);
+        }
+        write_row(out, dtype, i, dim, g.data());
+      }
+    });
+  }
+
+  Tensor grad_codebook = empty_like_with(quantized, {0}, quantized.scalar_type());
+  if (need_grad_codebook) {
+    // Rows sorted by code with a counting sort, which is stable; each code then sums its rows in their order.
+    const int64_t num_codes = codebook_shape[codebook_shape.size() - 2], slots = rows.heads * num_codes;
+    grad_codebook = empty_like_with(quantized, codebook_shape, quantized.scalar_type());
+    void* out = grad_codebook.mutable_data_ptr();
+    const Float dtype = float_of(quantized.scalar_type());
+    std::vector<int64_t> start(slots + 1, 0), order(valid);
+    for (int64_t i = 0; i < total; ++i)
+      if (index[i] >= 0) ++start[(i / count) * num_codes + index[i] + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t i = 0; i < total; ++i)
+      if (index[i] >= 0) order[next[(i / count) * num_codes + index[i]]++] = i;
+    parallel(slots, dim * (1 + valid / slots), [&](int64_t begin, int64_t end) {
+      std::vector<double> row(dim), code(dim), sum(dim);
+      for (int64_t k = begin; k < end; ++k) {
+        std::fill(sum.begin(), sum.end(), 0.0);
+        for (int64_t j = start[k]; j < start[k + 1]; ++j) {
+          const int64_t h = order[j] / count, n = order[j] - h * count;
+          read_row(rows.head(h), n, row.data());
+          read_row(codes.head(h), n, code.data());
+          for (int64_t d = 0; d < dim; ++d) sum[d] += to_codebook * (code[d] - row[d]);
+        }
+        write_row(out, dtype, k, dim, sum.data());
+      }
+    });
+  }
+  return {grad_x, grad_codebook};
+}
+
+}  // namespace mmgen_kernels::vq
