@@ -8,6 +8,7 @@ Environment:
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -46,9 +47,13 @@ def torch_directory() -> Path | None:
 
 
 def sources() -> list[str]:
-    x86 = os.uname().machine in ("x86_64", "AMD64") if hasattr(os, "uname") else False
-    found = sorted(set(glob("csrc/*.cpp") + glob("csrc/*/*.cpp")) - {"csrc/probe.cpp"})
-    return [s for s in found if x86 or not s.endswith(tuple(INSTRUCTION_SET_FLAGS))]
+    found = sorted(set(glob("csrc/*.cpp") + glob("csrc/*/*.cpp")) - {"csrc/probe.cpp", *glob("csrc/simd/fma_peak_*.cpp")})
+    return for_this_cpu(found)
+
+
+def for_this_cpu(files: list[str]) -> list[str]:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return [f for f in files if x86 or not f.endswith(tuple(INSTRUCTION_SET_FLAGS))]
 
 
 def extensions() -> list[Extension]:
@@ -74,7 +79,7 @@ def extensions() -> list[Extension]:
         import pybind11
 
         common["include_dirs"] = [*common["include_dirs"], pybind11.get_include()]
-        kernels = [s for s in sources() if s != "csrc/registration.cpp"]
+        kernels = [s for s in sources() if s != "csrc/registration.cpp"] + for_this_cpu(sorted(glob("csrc/simd/fma_peak_*.cpp")))
         found.append(Extension("mmgen_kernels._probe", ["csrc/probe.cpp", *kernels], define_macros=STABLE_ABI[:1], **common))
     return found
 

@@ -38,6 +38,7 @@ void pack(const double* values, double scale, int64_t dim, int64_t stride, float
 template <class Vec, int CODES>
 void sweep(const float* panel, const float* tiles, const float* norms, int64_t dim, int64_t count, float* minima,
            float* row_minima) {
+  static_assert(CODES >= 4, "four chains of minima");
   constexpr int W = Vec::width;
   Vec low0 = Vec::load(row_minima), low1 = Vec::load(row_minima + W);
   for (int64_t t = 0; t < count; ++t) {
@@ -57,18 +58,19 @@ void sweep(const float* panel, const float* tiles, const float* norms, int64_t d
       tiles += CODES;
     }
     norms += CODES;
+    // Four chains of minima with constant indices: a tree of variable step would send the accumulators through the stack.
 #pragma GCC unroll 16
-    for (int step = 1; step < CODES; step *= 2)
-#pragma GCC unroll 16
-      for (int j = 0; j + step < CODES; j += 2 * step) {
-        score0[j] = min(score0[j], score0[j + step]);
-        score1[j] = min(score1[j], score1[j + step]);
-      }
-    score0[0].store(minima);
-    score1[0].store(minima + W);
+    for (int j = 4; j < CODES; ++j) {
+      score0[j % 4] = min(score0[j % 4], score0[j]);
+      score1[j % 4] = min(score1[j % 4], score1[j]);
+    }
+    const Vec best0 = min(min(score0[0], score0[1]), min(score0[2], score0[3]));
+    const Vec best1 = min(min(score1[0], score1[1]), min(score1[2], score1[3]));
+    best0.store(minima);
+    best1.store(minima + W);
     minima += 2 * W;
-    low0 = min(low0, score0[0]);
-    low1 = min(low1, score1[0]);
+    low0 = min(low0, best0);
+    low1 = min(low1, best1);
   }
   low0.store(row_minima);
   low1.store(row_minima + W);

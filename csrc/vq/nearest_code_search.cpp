@@ -51,6 +51,8 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), f);
 }
 
+float round_up(double x) { return std::nextafter(static_cast<float>(x), std::numeric_limits<float>::max()); }
+
 int exponent(double norm) { return norm > 0 ? std::ilogb(norm) : 0; }
 
 class Lookup {
@@ -240,9 +242,11 @@ class Lookup {
         pack_codes(first_tile, begin, end, packed.data(), norms.data());
       });
       const CodePanel panel{first_tile, panel_tiles, packed.data(), norms.data()};
-      parallel(blocks, 1, [&](int64_t begin, int64_t end) {
+      // Blocks are handed out one by one: a thread that shares its core with somebody else takes fewer.
+      std::atomic<int64_t> next{0};
+      parallel(std::min<int64_t>(blocks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
         Worker worker(*this, block, panel_tiles);
-        for (int64_t b = begin; b < end; ++b) {
+        for (int64_t b = next++; b < blocks; b = next++) {
           const int64_t first = b * block, n = std::min<int64_t>(block, static_cast<int64_t>(rows.size()) - first);
           worker.search(panel, rows.data() + first, n, one_panel ? nullptr : state.data() + first);
         }
@@ -325,7 +329,7 @@ class Lookup {
    public:
     Worker(Lookup& lookup, int64_t block, int64_t tiles)
         : l_(lookup), k_(lookup.k_), dim_(lookup.dim_), panels_(block * dim_), flat_(block * dim_), norms_(block),
-          minima_((block / k_.rows) * tiles * k_.rows), row_minima_(block), thresholds_(block), masks_(tiles), row_(dim_) {}
+          largest_errors_(block), minima_(block * tiles), row_minima_(block), thresholds_(block), masks_(tiles), row_(dim_) {}
 
     ~Worker() {
       l_.rescored_tiles_ += rescored_tiles_;
@@ -342,14 +346,18 @@ class Lookup {
           k_.sweep(&panels_[p * width * dim_], panel.packed + t * k_.codes * dim_, panel.norms + t * k_.codes, dim_,
                    std::min(sub_tiles, panel.tiles - t), &minima_[(p * panel.tiles + t) * width], &row_minima_[p * width]);
       for (int64_t i = 0; i < panels * width; ++i) {
-        const double best = row_minima_[i];
-        const double limit = best + 2 * l_.error(norms_[i], l_.largest_scaled_norm());
-        thresholds_[i] = i < count && best < never ? std::nextafter(static_cast<float>(limit), never) : -never;
+        largest_errors_[i] = l_.error(norms_[i], l_.largest_scaled_norm());
+        const bool possible = i < count && row_minima_[i] < never;
+        thresholds_[i] = possible ? round_up(row_minima_[i] + 2 * largest_errors_[i]) : -never;
       }
       contests_.assign(width, Contest{});
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t first = p * width, n = std::min(width, count - first);
-        for (int64_t i = 0; i < n; ++i) contests_[i].start(state == nullptr ? Candidate{} : state[first + i]);
+        for (int64_t i = 0; i < n; ++i) {
+          // the code that gave the row's minimum bounds the winner's score
+          const double upper = row_minima_[first + i] + (l_.q_.exact ? 1 : 2) * largest_errors_[first + i];
+          contests_[i].start(state == nullptr ? Candidate{} : state[first + i], upper);
+        }
         k_.compare(&minima_[p * panel.tiles * width], panel.tiles, &thresholds_[first], masks_.data());
         for (int64_t t = 0; t < panel.tiles; ++t)
           for (uint32_t mask = masks_[t]; mask != 0; mask &= mask - 1) {
@@ -375,9 +383,9 @@ class Lookup {
       double upper = infinity;  // the winner's score is not above it
       int64_t evaluations = 0;
 
-      void start(const Candidate& champion) {
+      void start(const Candidate& champion, double panel_upper) {
         count = 0;
-        upper = champion.upper;
+        upper = std::min(champion.upper, panel_upper);
         evaluations = 0;
         if (champion.index >= 0) list[count++] = champion;
       }
@@ -406,11 +414,11 @@ class Lookup {
       if (skip_duplicates && l_.tile_of_duplicates_[panel.first_tile + tile]) return;
       ++rescored_tiles_;
       float scores[64];
+      const float limit = round_up(contest.upper + largest_errors_[i]);
       k_.rescore(&flat_[i * dim_], panel.packed + tile * k_.codes * dim_, panel.norms + tile * k_.codes, dim_, scores);
       for (int64_t j = 0; j < k_.codes; ++j) {
+        if (!(scores[j] <= limit && scores[j] < never)) continue;
         const int64_t k = (panel.first_tile + tile) * k_.codes + j;
-        if (k >= l_.codes_ || !(scores[j] < never) || scores[j] > contest.upper + l_.error(norms_[i], l_.largest_scaled_norm()))
-          continue;
         if (skip_duplicates && l_.canonical_[k] != k) continue;
         const double error = l_.q_.exact ? l_.error(norms_[i], l_.scaled_norm(k)) : 0.0;
         const double lower = scores[j] - error, upper = scores[j] + error;
@@ -453,7 +461,7 @@ class Lookup {
     const int64_t dim_;
     std::vector<float> panels_;  // [panel][dim][row]
     std::vector<float> flat_;    // [row][dim]
-    std::vector<double> norms_;
+    std::vector<double> norms_, largest_errors_;
     std::vector<float> minima_;  // [panel][tile][row]
     std::vector<float> row_minima_, thresholds_;
     std::vector<uint32_t> masks_;
