@@ -29,6 +29,9 @@ struct Counters {
 
 void nearest_code(const Query& query, InstructionSet set, Counters* counters = nullptr);
 
+// Smaller components are packed as zero: a product of two others is a normal number, and subnormal ones cost 100x.
+constexpr double flushed = 0x1p-62;
+
 // The inner loops, one table per instruction set. A panel holds `rows` rows, two vectors of them, as [dim][rows]; a tile holds
 // `codes` codes as [dim][codes]. With codes packed as -2c and a norm term |c|^2, norm + x . packed is |x - c|^2 - |x|^2.
 struct Kernels {
@@ -38,7 +41,7 @@ struct Kernels {
 
   // out = row - mean (nullptr: none) in fp64; returns its squared norm.
   double (*read)(const Rows& matrix, int64_t row, const double* mean, double* out);
-  // out[d * stride] = float(values[d] * scale)
+  // out[d * stride] = float(values[d] * scale), or 0 if that is smaller than `flushed`
   void (*pack)(const double* values, double scale, int64_t dim, int64_t stride, float* out);
   // minima[t][r] = the smallest score of row r in tile t; row_minima[r] = min(itself, those).
   void (*sweep)(const float* panel, const float* tiles, const float* norms, int64_t dim, int64_t count, float* minima,

@@ -27,10 +27,14 @@ double read(const Rows& matrix, int64_t row, const double* mean, double* out) {
 }
 
 void pack(const double* values, double scale, int64_t dim, int64_t stride, float* out) {
+  const auto packed = [&](int64_t d) {
+    const double value = values[d] * scale;
+    return value < flushed && value > -flushed ? 0.0f : static_cast<float>(value);
+  };
   if (stride == 1) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(values[d] * scale);
+    for (int64_t d = 0; d < dim; ++d) out[d] = packed(d);
   } else {
-    for (int64_t d = 0; d < dim; ++d) out[d * stride] = static_cast<float>(values[d] * scale);
+    for (int64_t d = 0; d < dim; ++d) out[d * stride] = packed(d);
   }
 }
 

@@ -1,0 +1,203 @@
+#include "vq/codebook.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <unordered_map>
+
+#include "vq/parallel.h"
+
+namespace mmgen_kernels::vq {
+namespace {
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr int64_t chunk = 1024;      // codes summed at a time; fixed, so that the mean does not depend on the threads
+constexpr float never = 3e38f;       // the norm term of a code that cannot win
+constexpr double far_away = 0x1p44;  // norm, in scaled units, beyond which a code cannot win
+
+}  // namespace
+
+ErrorBound::ErrorBound(Metric metric, int64_t dim)
+    : l2_(metric == Metric::l2),
+      pass_(1.02 * (dim + 8) * 0x1p-24),
+      value_(1.02 * (dim + 4) * 0x1p-53),
+      dim_(dim) {}
+
+double ErrorBound::operator()(double r, double n, double raw) const {
+  const double tiny = (dim_ + 4) * (2 * flushed * (r + n) + 0x1p-100);
+  if (l2_) return (pass_ + 2 * value_) * n * n + 2 * pass_ * r * n + 2 * value_ * r * r + tiny;
+  return pass_ * r * n + value_ * r * raw + tiny;
+}
+
+Codebook::Codebook(const Rows& codes, Metric metric, const Kernels& kernels) : rows(codes), metric_(metric), kernels_(kernels) {
+  measure();
+  arrange();
+}
+
+double Codebook::norm(int64_t k) const { return std::sqrt(squared_norms_[k]); }
+
+// The vector that the pass sees of code k, in fp64: c - mean, or for cosine c / |c| - mean. Returns its squared norm.
+double Codebook::read(int64_t k, const double* mean, double* out) const {
+  if (metric_ != Metric::cosine) return kernels_.read(rows, k, mean, out);
+  const double length = std::sqrt(kernels_.read(rows, k, nullptr, out));
+  double sum = 0;
+  for (int64_t d = 0; d < rows.dim; ++d) {
+    out[d] = (length == 0 ? 0 : out[d] / length) - (mean == nullptr ? 0 : mean[d]);
+    sum += out[d] * out[d];
+  }
+  return sum;
+}
+
+// Norms, and whether subtracting the codebook's mean is worth it: distances do not change, their rounding errors do. With an
+// offset of 1e4 the fp32 pass could not tell any two codes apart without it.
+void Codebook::measure() {
+  const int64_t count = rows.count, dim = rows.dim, chunks = (count + chunk - 1) / chunk;
+  squared_norms_.resize(count);
+  std::vector<double> sums(chunks * dim, 0.0), components(chunks, 0.0);
+  const auto summarise = [&] {
+    double total = 0, largest = 0, smallest = infinity;
+    int64_t finite = 0;
+    for (const double squared : squared_norms_) {
+      if (!std::isfinite(squared)) continue;
+      ++finite;
+      total += squared;
+      largest = std::max(largest, squared);
+      smallest = std::min(smallest, squared);
+    }
+    any_finite = finite > 0;
+    all_finite = finite == count;
+    largest_norm = std::sqrt(largest);
+    smallest_norm = any_finite ? std::sqrt(smallest) : 0;
+    root_mean_square = any_finite ? std::sqrt(total / finite) : 0;
+    return finite;
+  };
+  parallel(chunks, chunk * dim, [&](int64_t begin, int64_t end) {
+    std::vector<double> code(dim);
+    for (int64_t k = begin * chunk; k < std::min(count, end * chunk); ++k) {
+      squared_norms_[k] = read(k, nullptr, code.data());
+      if (!std::isfinite(squared_norms_[k])) continue;
+      double largest = components[k / chunk];
+      for (int64_t d = 0; d < dim; ++d) {
+        sums[k / chunk * dim + d] += code[d];
+        largest = std::max(largest, std::abs(code[d]));
+      }
+      components[k / chunk] = largest;
+    }
+  });
+  const int64_t finite = summarise();
+  largest_component_ = *std::max_element(components.begin(), components.end());
+  largest_raw_norm = largest_norm;
+  // Nothing narrower than fp64 reaches these bounds.
+  extreme = rows.dtype == Float::fp64 && (largest_norm > 0x1p400 || (largest_norm > 0 && smallest_norm < 0x1p-400));
+  mean_.assign(dim, 0.0);
+  double mean_squared = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    for (int64_t i = 0; i < chunks; ++i) mean_[d] += sums[i * dim + d];
+    mean_[d] /= std::max<int64_t>(1, finite);
+    mean_squared += mean_[d] * mean_[d];
+  }
+  centred_ = mean_squared > 0.5 * root_mean_square * root_mean_square;
+  if (!centred_) return;
+  parallel(chunks, chunk * dim, [&](int64_t begin, int64_t end) {
+    std::vector<double> code(dim);
+    for (int64_t k = begin * chunk; k < std::min(count, end * chunk); ++k)
+      if (std::isfinite(squared_norms_[k])) squared_norms_[k] = read(k, mean_.data(), code.data());
+  });
+  summarise();
+}
+
+// One segment in the order given; or, where norms differ widely, codes grouped by the exponent of their norms. Without it the
+// error bound of the largest codes would make every tile of small ones uncertain.
+void Codebook::arrange() {
+  const int64_t count = rows.count, width = kernels_.codes;
+  segments.clear();
+  order_.clear();
+  const bool wide_spread = largest_norm > 2 * root_mean_square && largest_norm > 16 * smallest_norm;
+  if (canonical_.empty() && !wide_spread) {
+    smallest_segment_ = all_finite ? largest_component_ : infinity;
+    segments.push_back({0, (count + width - 1) / width, largest_norm, smallest_segment_});
+    return;
+  }
+  constexpr int coarse = 2;  // exponents per segment
+  constexpr size_t buckets = 2048;
+  const auto bucket = [&](int64_t k) {
+    const double n = norm(k);
+    if (!std::isfinite(n)) return int(buckets) - 1;
+    return n > 0 ? (std::ilogb(n) + 2048) / coarse : 0;
+  };
+  std::vector<int64_t> sizes(buckets, 0);
+  const auto kept = [&](int64_t k) { return canonical_.empty() || canonical_[k] == k; };
+  for (int64_t k = 0; k < count; ++k)
+    if (kept(k)) ++sizes[bucket(k)];
+  std::vector<int64_t> next(sizes.size());
+  int64_t tile = 0;
+  for (size_t b = 0; b < sizes.size(); ++b) {
+    next[b] = tile * width;
+    if (sizes[b] == 0) continue;
+    const int64_t tiles = (sizes[b] + width - 1) / width;
+    segments.push_back({tile, tiles, 0.0, 0.0});
+    tile += tiles;
+  }
+  order_.assign(tile * width, -1);
+  for (int64_t k = 0; k < count; ++k)
+    if (kept(k)) order_[next[bucket(k)]++] = k;
+  smallest_segment_ = infinity;
+  for (Segment& s : segments) {
+    for (int64_t p = s.first_tile * width; p < (s.first_tile + s.tiles) * width; ++p) {
+      const int64_t k = order_[p];
+      if (k < 0 || !std::isfinite(squared_norms_[k])) continue;
+      s.largest_norm = std::max(s.largest_norm, norm(k));
+      with_row(rows, k, [&](const auto* c) {
+        for (int64_t d = 0; d < rows.dim; ++d) s.largest_component = std::max(s.largest_component, std::abs(widen(c[d])));
+      });
+    }
+    smallest_segment_ = std::min(smallest_segment_, s.largest_component);
+  }
+}
+
+void Codebook::drop_duplicates() {
+  canonical_.resize(rows.count);
+  std::unordered_multimap<uint64_t, int64_t> seen;
+  std::vector<double> a(rows.dim), b(rows.dim);
+  for (int64_t k = 0; k < rows.count; ++k) {
+    read_row(rows, k, a.data());
+    uint64_t hash = 1469598103934665603ull;
+    for (double& v : a) {
+      v += 0.0;  // -0 equals 0
+      uint64_t bits;
+      std::memcpy(&bits, &v, 8);
+      hash = (hash ^ bits ^ (bits >> 29)) * 1099511628211ull;
+    }
+    canonical_[k] = k;
+    const auto [begin, end] = seen.equal_range(hash);
+    for (auto it = begin; it != end && canonical_[k] == k; ++it) {
+      read_row(rows, it->second, b.data());
+      if (std::equal(a.begin(), a.end(), b.begin())) canonical_[k] = it->second;
+    }
+    if (canonical_[k] == k) seen.emplace(hash, k);
+  }
+  arrange();
+}
+
+void Codebook::pack(int64_t first, int64_t last, double scale, float* out, float* norms) const {
+  const int64_t width = kernels_.codes, dim = rows.dim;
+  const bool l2 = metric_ == Metric::l2;
+  std::vector<double> code(dim);
+  for (int64_t t = first; t < last; ++t)
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t k = code_at(t * width + j);
+      float* column = out + (t - first) * width * dim + j;
+      const bool possible = k >= 0 && norm(k) * scale <= far_away;  // false for NaN
+      if (possible) {
+        read(k, mean_of_codes(), code.data());
+        kernels_.pack(code.data(), l2 ? -2 * scale : -scale, dim, width, column);
+      } else {
+        for (int64_t d = 0; d < dim; ++d) column[d * width] = 0;
+      }
+      const double norm_term = l2 && possible ? squared_norms_[k] * scale * scale : 0.0;
+      norms[(t - first) * width + j] = possible ? static_cast<float>(norm_term < flushed * flushed ? 0 : norm_term) : never;
+    }
+}
+
+}  // namespace mmgen_kernels::vq
