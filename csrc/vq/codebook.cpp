@@ -54,7 +54,7 @@ double Codebook::read(int64_t k, const double* mean, double* out) const {
 void Codebook::measure() {
   const int64_t count = rows.count, dim = rows.dim, chunks = (count + chunk - 1) / chunk;
   squared_norms_.resize(count);
-  std::vector<double> sums(chunks * dim, 0.0), components(chunks, 0.0);
+  std::vector<double> sums(chunks * dim, 0.0);
   const auto summarise = [&] {
     double total = 0, largest = 0, smallest = infinity;
     int64_t finite = 0;
@@ -77,16 +77,10 @@ void Codebook::measure() {
     for (int64_t k = begin * chunk; k < std::min(count, end * chunk); ++k) {
       squared_norms_[k] = read(k, nullptr, code.data());
       if (!std::isfinite(squared_norms_[k])) continue;
-      double largest = components[k / chunk];
-      for (int64_t d = 0; d < dim; ++d) {
-        sums[k / chunk * dim + d] += code[d];
-        largest = std::max(largest, std::abs(code[d]));
-      }
-      components[k / chunk] = largest;
+      for (int64_t d = 0; d < dim; ++d) sums[k / chunk * dim + d] += code[d];
     }
   });
   const int64_t finite = summarise();
-  largest_component_ = *std::max_element(components.begin(), components.end());
   largest_raw_norm = largest_norm;
   // Nothing narrower than fp64 reaches these bounds.
   extreme = rows.dtype == Float::fp64 && (largest_norm > 0x1p400 || (largest_norm > 0 && smallest_norm < 0x1p-400));
@@ -115,8 +109,7 @@ void Codebook::arrange() {
   order_.clear();
   const bool wide_spread = largest_norm > 2 * root_mean_square && largest_norm > 16 * smallest_norm;
   if (canonical_.empty() && !wide_spread) {
-    smallest_segment_ = all_finite ? largest_component_ : infinity;
-    segments.push_back({0, (count + width - 1) / width, largest_norm, smallest_segment_});
+    segments.push_back({0, (count + width - 1) / width, largest_norm});
     return;
   }
   constexpr int coarse = 2;  // exponents per segment
@@ -136,24 +129,15 @@ void Codebook::arrange() {
     next[b] = tile * width;
     if (sizes[b] == 0) continue;
     const int64_t tiles = (sizes[b] + width - 1) / width;
-    segments.push_back({tile, tiles, 0.0, 0.0});
+    segments.push_back({tile, tiles, 0.0});
     tile += tiles;
   }
   order_.assign(tile * width, -1);
   for (int64_t k = 0; k < count; ++k)
     if (kept(k)) order_[next[bucket(k)]++] = k;
-  smallest_segment_ = infinity;
-  for (Segment& s : segments) {
-    for (int64_t p = s.first_tile * width; p < (s.first_tile + s.tiles) * width; ++p) {
-      const int64_t k = order_[p];
-      if (k < 0 || !std::isfinite(squared_norms_[k])) continue;
-      s.largest_norm = std::max(s.largest_norm, norm(k));
-      with_row(rows, k, [&](const auto* c) {
-        for (int64_t d = 0; d < rows.dim; ++d) s.largest_component = std::max(s.largest_component, std::abs(widen(c[d])));
-      });
-    }
-    smallest_segment_ = std::min(smallest_segment_, s.largest_component);
-  }
+  for (Segment& s : segments)
+    for (int64_t p = s.first_tile * width; p < (s.first_tile + s.tiles) * width; ++p)
+      if (order_[p] >= 0 && std::isfinite(squared_norms_[order_[p]])) s.largest_norm = std::max(s.largest_norm, norm(order_[p]));
 }
 
 void Codebook::drop_duplicates() {

@@ -26,7 +26,6 @@ class ErrorBound {
 struct Segment {
   int64_t first_tile, tiles;
   double largest_norm;
-  double largest_component;  // of the codes as given
 };
 
 class Codebook {
@@ -47,7 +46,7 @@ class Codebook {
   double norm(int64_t k) const;  // of what the pass sees; NaN for a code that is not finite
   const double* mean_of_rows() const { return metric_ == Metric::l2 ? mean_of_codes() : nullptr; }
   const double* mean_of_codes() const { return centred_ ? mean_.data() : nullptr; }
-  double smallest_segment() const { return smallest_segment_; }  // the least largest_component of a segment
+  bool centred() const { return centred_; }
   int64_t tiles() const { return segments.back().first_tile + segments.back().tiles; }
 
   const Rows rows;
@@ -66,7 +65,6 @@ class Codebook {
   std::vector<double> squared_norms_, mean_;
   std::vector<int64_t> order_;      // empty: ascending
   std::vector<int64_t> canonical_;  // empty, or the lowest code equal to each
-  double largest_component_ = 0, smallest_segment_ = 0;
   bool centred_ = false;
 };
 

@@ -27,14 +27,17 @@ double read(const Rows& matrix, int64_t row, const double* mean, double* out) {
 }
 
 void pack(const double* values, double scale, int64_t dim, int64_t stride, float* out) {
-  const auto packed = [&](int64_t d) {
-    const double value = values[d] * scale;
-    return value < flushed && value > -flushed ? 0.0f : static_cast<float>(value);
-  };
-  if (stride == 1) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = packed(d);
-  } else {
-    for (int64_t d = 0; d < dim; ++d) out[d * stride] = packed(d);
+  constexpr int64_t piece = 256;  // converted in vectors, then spread
+  for (int64_t start = 0; start < dim; start += piece) {
+    const int64_t n = dim - start < piece ? dim - start : piece;
+    float dense[piece];
+    float* target = stride == 1 ? out + start : dense;
+    for (int64_t d = 0; d < n; ++d) {
+      const double value = values[start + d] * scale;
+      target[d] = static_cast<float>(value < flushed && value > -flushed ? 0.0 : value);
+    }
+    if (stride != 1)
+      for (int64_t d = 0; d < n; ++d) out[(start + d) * stride] = dense[d];
   }
 }
 

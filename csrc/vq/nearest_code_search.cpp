@@ -253,7 +253,7 @@ class Worker {
     std::fill(thresholds_.begin(), thresholds_.end(), -never);
     for (int64_t i = 0; i < n; ++i) {
       if (row_minima_[s * block_ + first + i] >= never) continue;
-      if (part.segment->largest_component <= floors_[first + i]) {
+      if (part.segment->largest_norm <= floors_[first + i] && l_.codebook_.all_finite) {
         // x - c rounds to x for every code of the segment: they tie exactly, and the first of them is the lowest.
         rescore(part.tile, first + i, rows[first + i], contests_[i], 1);
         continue;
@@ -288,9 +288,11 @@ class Worker {
     }
   }
 
-  // A component of a code not above it vanishes beside every component of the row just read; -1 where no segment is so small.
+  // A component of a code that is not above it vanishes beside every component of the row just read.
   double floor(double norm) const {
-    if (!l_.l2_ || l_.codebook_.mean_of_codes() != nullptr || !(l_.codebook_.smallest_segment() < norm * 0x1p-54)) return -1;
+    const auto vanishes = [&](const Segment& s) { return s.largest_norm < norm * 0x1p-54; };
+    const std::vector<Segment>& segments = l_.codebook_.segments;
+    if (!l_.l2_ || l_.codebook_.centred() || std::none_of(segments.begin(), segments.end(), vanishes)) return -1;
     double smallest = infinity;
     for (const double x : row_) smallest = std::min(smallest, std::abs(x));
     return smallest * 0x1p-54;

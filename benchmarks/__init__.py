@@ -1,0 +1,1 @@
+"""Races of the fused operations against their rivals: `python -m benchmarks <family>`, `make bench FAMILY=<family>`."""
