@@ -2,8 +2,9 @@
 
 Environment:
     MMGEN_KERNELS_BUILD   auto (default) | 0: skip the C++ part | 1: a failure to build it is fatal
-    MMGEN_KERNELS_PROBE   0 (default) | 1: also build the extension that tests and benchmarks use
-    MAX_JOBS              compilers run at once (default 2)
+    MMGEN_KERNELS_PROBE   0 (default) | 1: also build, in place, the extension that tests and benchmarks use; no wheel holds it
+    MAX_JOBS              compilers run at once (default: one per CPU)
+    CXX                   the C++ compiler (default c++)
 """
 
 import json
@@ -19,22 +20,28 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
+PACKAGE = "mmgen_kernels"
 BUILD = os.environ.get("MMGEN_KERNELS_BUILD", "auto")
 PROBE = os.environ.get("MMGEN_KERNELS_PROBE", "0") == "1"
 if BUILD not in ("auto", "0", "1"):
     sys.exit(f"MMGEN_KERNELS_BUILD must be auto, 0 or 1, got {BUILD!r}")
 
-# The oldest torch whose stable ABI we use, and the oldest Python: one wheel serves every newer one.
-STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")]
+COMPILER = os.environ.get("CXX", "c++").split()
+# The oldest torch whose stable ABI we use: one extension serves every newer one.
+MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # -ffp-contract=off: the exactness contract counts roundings; every FMA is written out.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 # One translation unit per instruction set, so that no header's inline function leaks AVX-512 into the generic path.
 INSTRUCTION_SET_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
+    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+                    "-Wno-maybe-uninitialized"],
 }
+OBJECTS = Path("build/objects")  # kept between builds and shared by the extensions
 
 
 def torch_directory() -> Path | None:
@@ -44,6 +51,12 @@ def torch_directory() -> Path | None:
         if spec and spec.origin:
             return Path(spec.origin).parent
     return None
+
+
+def torch_version(torch: Path) -> str:
+    version: dict = {}
+    exec((torch / "version.py").read_text(), version)
+    return str(version["__version__"])
 
 
 def sources() -> list[str]:
@@ -56,93 +69,145 @@ def for_this_cpu(files: list[str]) -> list[str]:
     return [f for f in files if x86 or not f.endswith(tuple(INSTRUCTION_SET_FLAGS))]
 
 
-def extensions() -> list[Extension]:
-    torch = torch_directory()
+def extensions() -> tuple[list[Extension], str | None]:
+    """What is to be built, and if that is nothing, why."""
     if BUILD == "0":
-        return []
+        return [], "MMGEN_KERNELS_BUILD=0 at build time"
+    torch = torch_directory()
     if torch is None:
-        message = "torch was not found at build time; install torch first, then: pip install --no-build-isolation ."
+        cause = "torch was not found at build time; install torch first, then: pip install --no-build-isolation ."
         if BUILD == "1":
-            sys.exit(f"MMGEN_KERNELS_BUILD=1, but {message}")
-        sys.stderr.write(f"mmgen-kernels: building WITHOUT the C++ part: {message}\n")
-        return []
+            sys.exit(f"MMGEN_KERNELS_BUILD=1, but {cause}")
+        sys.stderr.write(f"mmgen-kernels: building WITHOUT the C++ part: {cause}\n")
+        return [], cause
     common = dict(
         include_dirs=["csrc", f"{torch}/include", f"{torch}/include/torch/csrc/api/include"],
         library_dirs=[f"{torch}/lib"],
         libraries=["torch_cpu"],
-        extra_compile_args=FLAGS,
         extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
         optional=BUILD != "1",
     )
-    found = [Extension("mmgen_kernels._C", sources(), define_macros=STABLE_ABI, py_limited_api=True, **common)]
-    if PROBE:  # pybind11 does not compile under the limited API, hence an extension of its own
-        import pybind11
-
-        common["include_dirs"] = [*common["include_dirs"], pybind11.get_include()]
+    found = [Extension(f"{PACKAGE}._C", sources(), py_limited_api=True, **common)]
+    if PROBE:  # a Python module by pybind11, which has no stable ABI, hence an extension of its own
         kernels = [s for s in sources() if s != "csrc/registration.cpp"] + for_this_cpu(sorted(glob("csrc/simd/fma_peak_*.cpp")))
-        found.append(Extension("mmgen_kernels._probe", ["csrc/probe.cpp", *kernels], define_macros=STABLE_ABI[:1], **common))
-    return found
+        found.append(Extension(f"{PACKAGE}._probe", ["csrc/probe.cpp", *kernels], **common))
+    return found, None
 
 
 class Build(build_ext):
-    """build_ext with flags per file, files compiled in parallel, and the build's facts written beside the extension."""
+    """build_ext with flags per file, changed files only and in parallel, and the build's facts beside the extension."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if not (self.inplace or self.editable_mode):
+            self.extensions = [e for e in self.extensions if not e.name.endswith("._probe")]
 
     def build_extension(self, ext: Extension) -> None:
-        objects = Path(self.build_temp) / ext.name
-        objects.mkdir(parents=True, exist_ok=True)
-        include = [f"-I{d}" for d in [*ext.include_dirs, sysconfig.get_path("include")]]
-        macros = [f"-D{k}={v}" for k, v in ext.define_macros]
-        compiler = [*os.environ.get("CXX", "c++").split()]
-
-        def compile_one(source: str) -> str:
-            target = str(objects / (source.replace("/", "_") + ".o"))
-            extra = next((flags for suffix, flags in INSTRUCTION_SET_FLAGS.items() if source.endswith(suffix)), [])
-            command = [*compiler, "-c", "-fPIC", *FLAGS, *extra, *macros, *include, source, "-o", target]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-            sys.stderr.write(done.stderr)
-            return target
-
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)  # what does not build must not leave its predecessor behind
+        is_main = ext.name == f"{PACKAGE}._C"
         try:
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-                built = list(pool.map(compile_one, ext.sources))
-            output = Path(self.get_ext_fullpath(ext.name))
-            output.parent.mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                objects = list(pool.map(lambda source: self.compile(source, ext.include_dirs), ext.sources))
             libraries = [f"-L{d}" for d in ext.library_dirs] + [f"-l{lib}" for lib in ext.libraries]
-            link = [*compiler, "-shared", *built, *libraries, *ext.extra_link_args, "-o", str(output)]
-            subprocess.run(link, check=True, capture_output=True, text=True)
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            cause = getattr(error, "stderr", None) or str(error)
-            self.write_facts({"built": False, "cause": cause.strip()[-2000:]})
+            run([*COMPILER, "-shared", *objects, *libraries, *ext.extra_link_args, "-o", str(output)])
+        except (OSError, RuntimeError, ImportError) as error:
+            if is_main:
+                write_facts(output.parent, {"built": False, "cause": str(error).strip()[-2000:]})
             if not ext.optional:
-                raise
-            sys.stderr.write(f"mmgen-kernels: building WITHOUT {ext.name}: {cause}\n")
+                sys.exit(f"mmgen-kernels: {ext.name} does not build: {error}")
+            sys.stderr.write(f"mmgen-kernels: building WITHOUT {ext.name}: {error}\n")
             return
-        if ext.name.endswith("._C"):
-            version = {}
-            exec((torch_directory() / "version.py").read_text(), version)
-            compiler_version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-            self.write_facts({"built": True, "torch": str(version["__version__"]), "compiler": compiler_version})
+        if is_main:
+            compiler = subprocess.run([*COMPILER, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+            write_facts(output.parent, {"built": True, "torch": torch_version(torch_directory()), "compiler": compiler})
 
-    def write_facts(self, facts: dict) -> None:
-        """`mmgen-kernels info` reads these: what the C++ part was built with, or why it was not."""
-        path = Path(self.get_ext_fullpath("mmgen_kernels._C")).parent / "_build.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=1) + "\n")
+    def compile(self, source: str, include_dirs: list[str]) -> str:
+        """The object of a source file; an object newer than the file and all headers, by the same command, is kept."""
+        target = OBJECTS / (source.replace("/", "_") + ".o")
+        extra = next((flags for suffix, flags in INSTRUCTION_SET_FLAGS.items() if source.endswith(suffix)), [])
+        if source == "csrc/probe.cpp":
+            import pybind11
+
+            extra = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        command = [*COMPILER, "-c", "-fPIC", *FLAGS, *extra, *MACROS, *[f"-I{d}" for d in include_dirs], source]
+        made_by = f"{' '.join(command)}\n{torch_version(torch_directory())}\n"
+        record = target.with_suffix(".txt")
+        inputs = [source, *glob("csrc/**/*.h", recursive=True)]
+        same_command = target.exists() and record.exists() and record.read_text() == made_by
+        if same_command and target.stat().st_mtime > max(os.stat(i).st_mtime for i in inputs):
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.partial")  # an interruption leaves no half-written object
+        sys.stderr.write(run([*command, "-o", str(partial)]))
+        os.replace(partial, target)
+        record.write_text(made_by)
+        return str(target)
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: the facts go where the extension goes."""
+        """Builds in place: the facts go where the extension goes, and an extension that did not build leaves no old one there."""
+        build_py = self.get_finalized_command("build_py")
+        package = Path(build_py.get_package_dir(PACKAGE))
+        for ext in self.extensions:
+            built = Path(self.get_ext_fullpath_in_build(ext))
+            if not built.exists():
+                (package / built.name).unlink(missing_ok=True)
         super().copy_extensions_to_source()
-        built = Path(self.build_lib) / "mmgen_kernels" / "_build.json"
-        if built.exists():
-            shutil.copy(built, Path(self.get_finalized_command("build_py").get_package_dir("mmgen_kernels")) / "_build.json")
+        facts = Path(self.build_lib) / PACKAGE / "_build.json"
+        if facts.exists():
+            shutil.copy(facts, package / "_build.json")
+
+    def get_ext_fullpath_in_build(self, ext: Extension) -> str:
+        return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
 
 
-EXTENSIONS = extensions()
+class BuildPython(build_py):
+    """build_py; where there is no extension to build, it leaves the cause for `mmgen-kernels info`."""
+
+    def run(self) -> None:
+        super().run()
+        if EXTENSIONS:
+            return
+        package = Path(self.get_package_dir(PACKAGE)) if self.editable_mode else Path(self.build_lib) / PACKAGE
+        package.mkdir(parents=True, exist_ok=True)
+        for old in package.glob("_C.*so"):
+            old.unlink()
+        write_facts(package, {"built": False, "cause": CAUSE})
+
+
+class Wheel(bdist_wheel):
+    """bdist_wheel from an empty build folder: setuptools would pack whatever earlier builds left there."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+
+def run(command: list[str]) -> str:
+    """Runs a compiler; returns its warnings, raises with its errors."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"no C++ compiler: {command[0]!r} was not found (install one, or name it in CXX)") from error
+    except OSError as error:
+        raise RuntimeError(f"the C++ compiler does not run: {error}") from error
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stderr
+
+
+def write_facts(folder: Path, facts: dict) -> None:
+    """`mmgen-kernels info` reads these: what the C++ part was built with, or why it was not."""
+    (folder / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+EXTENSIONS, CAUSE = extensions()
 setup(
     ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": Build},
-    package_data={"mmgen_kernels": ["_build.json", "py.typed"]},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if EXTENSIONS and not PROBE else {},
+    cmdclass={"build_ext": Build, "build_py": BuildPython, "bdist_wheel": Wheel},
+    package_data={PACKAGE: ["py.typed"]},
+    # no torch symbol and no Python symbol but stable ones: one wheel for every Python from 3.11 on
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if EXTENSIONS else {},
 )

@@ -27,6 +27,40 @@ ROWS, CODES, DIM = 4, 4, 4
 ROUNDS, SECONDS_PER_ROUND = 25, 0.02
 
 
+# One addition by the roads that registration could take.
+
+
+class PlainFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.add(a, b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+class ContextFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(a, b):
+        return torch.add(a, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    backward = PlainFunction.backward
+
+
+@torch.library.custom_op("mmgen_overhead::add", mutates_args=())
+def custom_add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.add(a, b)
+
+
+custom_add.register_autograd(lambda ctx, grad: (grad, grad), setup_context=ContextFunction.setup_context)
+
+
 def calls() -> dict[str, Callable[[], object]]:
     """Row -> what is timed."""
     x, codebook = torch.randn(ROWS, DIM), torch.randn(CODES, DIM)
@@ -56,6 +90,11 @@ def calls() -> dict[str, Callable[[], object]]:
     compiled_quantize = torch.compile(lambda a, b: mk.vector_quantize(a, b), fullgraph=True)
     return {
         "aten: torch.add": lambda: torch.add(x, codebook),
+        "one addition by torch.library.custom_op, no gradient wanted": lambda: custom_add(x, codebook),
+        "one addition, gradient wanted, forward: aten": lambda: torch.add(x_grad, codebook_grad),
+        "... by autograd.Function, forward(ctx, ...)": lambda: PlainFunction.apply(x_grad, codebook_grad),
+        "... by autograd.Function with setup_context": lambda: ContextFunction.apply(x_grad, codebook_grad),
+        "... by torch.library.custom_op with register_autograd": lambda: custom_add(x_grad, codebook_grad),
         "aten: mse_loss, forward and backward": aten_backward,
         "raw torch.ops.mmgen_kernels.nearest_code": lambda: torch.ops.mmgen_kernels.nearest_code(x, codebook, None, "l2", "exact"),
         "mk.nearest_code": lambda: mk.nearest_code(x, codebook),

@@ -47,6 +47,11 @@ def load_library() -> None:
         warnings.warn(f"mmgen_kernels: the C++ part does not load, the reference serves the CPU: {_library_error}", stacklevel=2)
 
 
+def library_error() -> str | None:
+    """Why the C++ part is not there, or None."""
+    return _library_error
+
+
 def build_facts() -> dict:
     """What setup.py wrote: built or not, with which compiler and torch, or the cause."""
     path = Path(__file__).parent / "_build.json"

@@ -57,7 +57,9 @@ class Operator:
             LIBRARY.impl(qualified, _python_kernel(kernel), "CompositeExplicitAutograd")
             self.overloads[overload] = getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), overload)
             torch.library.register_fake(self.overloads[overload], fake, lib=LIBRARY)
-            torch.library.register_vmap(self.overloads[overload], vmap or functools.partial(vmap_by_loop, self, overload), lib=LIBRARY)
+            # the rule calls the very overload that was called, or vmap would undo the choice of implementation
+            rule = functools.partial(vmap or vmap_by_loop, self.overloads[overload])
+            torch.library.register_vmap(self.overloads[overload], rule, lib=LIBRARY)
         self.overloads["cpp"] = self.overloads["default"]
         OPERATORS[self.name] = self
 
@@ -203,13 +205,11 @@ def _python_kernel(function: Callable) -> Callable:
     return kernel
 
 
-def vmap_by_loop(operator: Operator, overload: str, info: Any, in_dims: tuple, *args: Any) -> tuple:
+def vmap_by_loop(call: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple:
     """The rule of operators that bring none: one call per sample, stacked. Right for every operator, fast for none."""
     calls = []
     for sample in range(info.batch_size):
-        calls.append(
-            operator.overloads[overload](*[a.select(d, sample) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)])
-        )
+        calls.append(call(*[a.select(d, sample) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]))
     if isinstance(calls[0], tuple):
         return tuple(torch.stack(o) for o in zip(*calls, strict=True)), (0,) * len(calls[0])
     return torch.stack(calls), 0
@@ -233,7 +233,8 @@ def define(
         reference, backward_reference: plain PyTorch with the schema's signature; serves every device without a kernel.
         fake, backward_fake: the shapes, dtypes and memory formats of the results.
         launchers: implementation -> "module:function" (a pair, forward and backward, where there is a backward).
-        vmap: rule (info, in_dims, *args) -> (output, out_dims) of the forward, where a loop over samples is too slow.
+        vmap: rule (call, info, in_dims, *args) -> (output, out_dims) of the forward, where a loop over samples is too slow;
+            `call` is the overload to be called.
     """
     launchers = launchers or {}
     pairs = {name: (path, "") if isinstance(path, str) else path for name, path in launchers.items()}

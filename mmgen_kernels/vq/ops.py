@@ -108,6 +108,8 @@ def vector_quantize(
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    if not isinstance(legacy_beta, bool):  # a tensor would become a bool by a host sync
+        raise TypeError(f"legacy_beta must be a bool, got {type(legacy_beta).__name__}")
     implementation = backends.choose(VECTOR_QUANTIZE, FAMILY, x.device.type)
     return VQOutput(
         *VECTOR_QUANTIZE(implementation, x, codebook, mask, float(beta), legacy_beta, gradient, metric, precision)
@@ -155,7 +157,7 @@ def nearest_code_fake(x, codebook, mask, metric, precision):
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
-def nearest_code_vmap(info, in_dims, x, codebook, mask, metric, precision):
+def nearest_code_vmap(call, info, in_dims, x, codebook, mask, metric, precision):
     """A batch of rows is just more rows; a batch of codebooks is heads."""
     x_dim, codebook_dim, mask_dim = in_dims[:3]
     batch = info.batch_size
@@ -165,13 +167,13 @@ def nearest_code_vmap(info, in_dims, x, codebook, mask, metric, precision):
     leading = x.shape[:-1]
     if codebook_dim is None and codebook.dim() == 3:  # (B, H, ..., D) -> heads in front
         x, mask = x.movedim(0, 1), None if mask is None else mask.movedim(0, 1)
-        return torch.ops.mmgen_kernels.nearest_code(x, codebook, mask, metric, precision).movedim(0, 1), 0
+        return call(x, codebook, mask, metric, precision).movedim(0, 1), 0
     if codebook_dim is not None:
         codebook = codebook.movedim(codebook_dim, 0)
         if codebook.dim() == 4:  # (B, H, K, D)
             codebook = codebook.flatten(0, 1)
             x, mask = x.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
-    return torch.ops.mmgen_kernels.nearest_code(x, codebook, mask, metric, precision).view(leading), 0
+    return call(x, codebook, mask, metric, precision).view(leading), 0
 
 
 def vector_quantize_fake(x, codebook, mask, beta, legacy_beta, gradient, metric, precision):

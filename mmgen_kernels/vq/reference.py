@@ -5,6 +5,8 @@ Shapes: x (..., D) with codebook (K, D), or x (H, ..., D) with codebook (H, K, D
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, 
     """Index of the nearest code, evaluated in fp64 with d ascending: the definition of `precision="exact"`, literally."""
     rows, codes, heads = with_heads(x, codebook)  # (H, N, D), (H, K, D)
     if metric == "cosine":
-        norms = squared_norms(codes).sqrt()  # (H, K)
+        norms = square_roots(squared_norms(codes))  # (H, K)
     indices = torch.zeros(rows.shape[:2], dtype=torch.int64, device=x.device)  # (H, N)
     step = max(1, SCORES_AT_ONCE // codes.shape[1])
     for h in range(heads):
@@ -59,7 +61,8 @@ def vector_quantize(
     )
     distance = (rows.detach().double() - codes.detach().double()).square().sum(-1, keepdim=True)
     values = torch.where(distance.isfinite(), codes.detach(), torch.nan)
-    through = rotate_to(rows, values) if gradient == "rotation" else values + (rows - rows.detach())
+    # value - (+0), here and in rotate_to, keeps every bit of a code; value + 0 would turn its -0 into +0
+    through = rotate_to(rows, values) if gradient == "rotation" else values - (rows.detach() - rows)
     quantized = torch.where(valid, torch.where(distance.isfinite(), through, values), 0)
     return quantized, indices, loss, commitment_loss, codebook_loss
 
@@ -74,7 +77,7 @@ def rotate_to(rows: Tensor, codes: Tensor) -> Tensor:
     wide = rows.to(e.dtype)
     rotated = scale * (wide - 2 * r * (r * wide).sum(-1, keepdim=True) + 2 * q * (e * wide).sum(-1, keepdim=True))
     moved = torch.where(exists, rotated, wide)
-    return codes + (moved - moved.detach()).to(codes.dtype)
+    return codes - (moved.detach() - moved).to(codes.dtype)
 
 
 def rotation(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -125,7 +128,7 @@ def vector_quantize_backward(
         per_row = -difference * (g_codebook + g_loss * (beta if legacy_beta else 1.0))
         heads, (codes, dim) = (1 if len(codebook_shape) == 2 else codebook_shape[0]), codebook_shape[-2:]
         # A stable sort by code and a sum in row order: the same bits in every run, which scatter_add_ does not promise.
-        slots = (indices.view(heads, -1) + codes * torch.arange(heads, device=x.device)[:, None]).view(-1)
+        slots = (indices.clamp(max=codes - 1).view(heads, -1) + codes * torch.arange(heads, device=x.device)[:, None]).view(-1)
         slots = torch.where(valid.view(-1), slots, heads * codes)
         order = slots.sort(stable=True)
         counts = torch.zeros(heads * codes + 1, dtype=torch.int64, device=x.device).index_add_(0, slots, torch.ones_like(slots))
@@ -149,6 +152,15 @@ def squared_norms(codes: Tensor) -> Tensor:
     for d in range(codes.shape[-1]):
         total += codes[..., d].double().square()
     return total
+
+
+def square_roots(values: Tensor) -> Tensor:
+    """Correctly rounded: torch's fp64 sqrt on the CPU comes from a vector maths library and may be one ulp off, which would
+    make a cosine tie of the definition depend on that library."""
+    if values.device.type != "cpu":
+        return values.sqrt()
+    roots = [math.sqrt(v) for v in values.flatten().tolist()]
+    return torch.tensor(roots, dtype=values.dtype, device=values.device).view_as(values)
 
 
 def gather(codebook: Tensor, indices: Tensor) -> Tensor:

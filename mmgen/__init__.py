@@ -1,0 +1,1 @@
+"""The models that mmgen_kernels serves: trained, sampled and evaluated."""

@@ -1,0 +1,133 @@
+"""The datasets by name, each with a part that is trained on and a part that never is. Nothing is ever downloaded."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmgen.data.crops import Images, MiddleCrops, Pictures, RandomCrops, to_float
+
+# One of the stereo pair only: the right view shows what is held out of the left one.
+PHOTOGRAPHS = {
+    "skimage": (
+        "data",
+        "astronaut.png camera.png chelsea.png coffee.png coins.png hubble_deep_field.jpg moon.png motorcycle_left.png "
+        "retina.jpg rocket.jpg",
+    ),
+    "sklearn": ("datasets/images", "china.jpg flower.jpg"),
+}
+PHOTOGRAPH_SIDE = 4  # short side of a photograph in crops: a crop shows a face or a wheel rather than a texture
+FOLDER_SIDE = 2
+HELD_OUT_SHARE = 10  # of a folder, every tenth picture
+DIGITS_TRAINED_ON = 1437  # the first four fifths: the last digits are of other writers
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str = "photographs"
+    path: str | None = None
+    image_size: int = 64
+
+    def __post_init__(self):
+        if self.dataset not in DATASETS:
+            raise ValueError(f"--dataset must be one of {', '.join(DATASETS)}, got {self.dataset!r}")
+        if (self.path is None) == (self.dataset == "folder"):
+            raise ValueError(
+                "--dataset folder needs --path DIR, a folder of images"
+                if self.path is None
+                else f"--path is read by --dataset folder only, got --dataset {self.dataset} --path {self.path}"
+            )
+        if self.image_size < 1:
+            raise ValueError(f"--image-size must be at least 1, got {self.image_size}")
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Images
+    held_out: Images
+    gallery: list[Tensor]  # whole pictures to look at, (3, H, W) in [-1, 1]
+    gallery_note: str = ""
+
+
+def load(config: DataConfig, seed: int) -> Data:
+    return DATASETS[config.dataset](config, seed)
+
+
+def photographs(config: DataConfig, seed: int) -> Data:
+    """The photographs inside scikit-image's and scikit-learn's wheels; the middle columns of each are held out."""
+    pictures = Pictures(photograph_paths(), short_side=PHOTOGRAPH_SIDE * config.image_size)
+    return Data(
+        train=RandomCrops(pictures, config.image_size, seed=seed, hold_out_middle=True),
+        held_out=MiddleCrops(pictures, config.image_size, rows=PHOTOGRAPH_SIDE),
+        gallery=[to_float(pictures[i]) for i in (0, 2)],
+        gallery_note=f"Whole photographs, of which only the middle {config.image_size} columns were held out.",
+    )
+
+
+def photograph_paths() -> list[Path]:
+    paths = []
+    for package, (folder, names) in PHOTOGRAPHS.items():
+        spec = find_spec(package)  # the package itself is not imported: skimage.data would set up its downloader
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"--dataset photographs needs {package}: pip install mmgen-kernels[mmgen]")
+        paths += [Path(spec.origin).parent / folder / name for name in names.split()]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"--dataset photographs: the installed packages do not hold {', '.join(missing)}")
+    return paths
+
+
+def folder(config: DataConfig, seed: int) -> Data:
+    """Any images that Pillow reads, in --path and the folders below it; every tenth is held out."""
+    root = Path(config.path or "")
+    if not root.is_dir():
+        raise FileNotFoundError(f"--path must be a folder of images, got {str(root)!r}, which is no folder")
+    suffixes = Image.registered_extensions()
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    if len(paths) < 2:
+        raise ValueError(f"--path must hold at least 2 images (one is held out), got {str(root)!r} with {len(paths)}")
+    held_out = Pictures(paths[::HELD_OUT_SHARE], short_side=FOLDER_SIDE * config.image_size)
+    trained_on = [path for i, path in enumerate(paths) if i % HELD_OUT_SHARE]
+    return Data(
+        train=RandomCrops(Pictures(trained_on, held_out.short_side), config.image_size, seed=seed),
+        held_out=MiddleCrops(held_out, config.image_size, rows=1),
+        gallery=[to_float(held_out[0])],
+        gallery_note="A whole held-out picture.",
+    )
+
+
+class Digits(Images):
+    """scikit-learn's 8x8 handwritten digits, enlarged; one channel."""
+
+    def __init__(self, images: np.ndarray, image_size: int):
+        pixels = torch.from_numpy(images).float()[:, None] / 8 - 1  # (N, 1, 8, 8), from 0..16
+        size = (image_size, image_size)
+        self.images = F.interpolate(pixels, size, mode="bilinear")  # (N, 1, image_size, image_size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.images[i]
+
+
+def digits(config: DataConfig, seed: int) -> Data:
+    """The order is the sampler's; the seed changes nothing here."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--dataset digits needs sklearn: pip install mmgen-kernels[mmgen]") from error
+    images = load_digits().images  # (1797, 8, 8)
+    return Data(
+        train=Digits(images[:DIGITS_TRAINED_ON], config.image_size),
+        held_out=Digits(images[DIGITS_TRAINED_ON:], config.image_size),
+        gallery=[],
+    )
+
+
+DATASETS = {"photographs": photographs, "digits": digits, "folder": folder}

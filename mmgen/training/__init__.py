@@ -1,0 +1,3 @@
+from mmgen.training.loop import Trainer, TrainingConfig
+
+__all__ = ["Trainer", "TrainingConfig"]

@@ -1,0 +1,49 @@
+"""What the documentation says of environment variables, tasks, links and overheads is so."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def root(request):
+    return request.config.rootpath
+
+
+def test_every_environment_variable_is_in_the_table(root):
+    sources = [*root.glob("mmgen_kernels/**/*.py"), *root.glob("mmgen/**/*.py"), *root.glob("csrc/**/*.cpp"), root / "setup.py"]
+    used = set().union(*(re.findall(r"MMGEN_[A-Z_]*[A-Z]", path.read_text()) for path in sources))
+    table = set(re.findall(r"^\| `(MMGEN_[A-Z_]+)` \|", (root / "docs" / "design.md").read_text(), re.MULTILINE))
+    assert table == used
+
+
+def test_links_lead_somewhere(root):
+    for page in [*root.glob("*.md"), *root.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            generated = target.endswith((".png", "performance.md"))  # from results; benchmarks.report --check looks after them
+            assert generated or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_task_is_explained(root):
+    makefile = (root / "Makefile").read_text()
+    declared = set(re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE)[1].split()) - {"python"}
+    assert declared == set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE))
+
+
+def test_the_table_of_overheads_is_that_of_the_results(root):
+    done = subprocess.run([sys.executable, "-m", "benchmarks.overhead", "--check"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_old_python_is_told_so(root, tmp_path):
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\ncase "$1" in --version) echo "Python 3.8.1";; *) exit 1;; esac\n')
+    old.chmod(0o755)
+    # a copy of the Makefile alone: no environment that exists already
+    (tmp_path / "Makefile").write_text((root / "Makefile").read_text())
+    for python, message in ((old, "Python 3.11 or newer is needed"), (tmp_path / "absent", "was not found")):
+        done = subprocess.run(["make", f"PYTHON={python}", "python"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert message in done.stdout

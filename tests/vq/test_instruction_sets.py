@@ -1,0 +1,157 @@
+"""Every instruction set that this CPU can run: the same indices, and the amount of work that the design promises."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mmgen_kernels as mk
+from mmgen_kernels.battery.vq.data import DATA_SETS, randn
+from mmgen_kernels.vq import ops, reference
+
+probe = pytest.importorskip("mmgen_kernels._probe", reason="built with MMGEN_KERNELS_PROBE=1")
+SETS = probe.instruction_sets()
+
+
+def lookup(x, codebook, metric, instruction_set, exact=True):
+    indices, counters = probe.nearest_code(x.numpy(), codebook.numpy(), metric, instruction_set, exact)
+    return torch.from_numpy(indices), counters
+
+
+def fp32(data, *sizes):
+    return DATA_SETS[data](*sizes, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("metric", ops.METRICS)
+@pytest.mark.parametrize("data", DATA_SETS)
+def test_the_same_indices(data, metric, instruction_set):
+    x, codebook = fp32(data, 83, 211, 20)
+    indices, _ = lookup(x, codebook, metric, instruction_set)
+    assert torch.equal(indices, reference.nearest_code(x, codebook, None, metric, "exact"))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("codes", (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 23, 24, 25, 48, 97))
+@pytest.mark.parametrize("rows", (1, 2, 8, 15, 16, 17, 31, 32, 33, 65))
+def test_edges_of_tiles(rows, codes, instruction_set):
+    x, codebook = fp32("gaussian", rows, codes, 5)
+    indices, _ = lookup(x, codebook, "l2", instruction_set)
+    assert torch.equal(indices, reference.nearest_code(x, codebook, None, "l2", "exact"))
+
+
+def test_sizes_of_several_panels_and_blocks():
+    """More codes than a panel holds and more rows than a block, by every instruction set against each other."""
+    x, codebook = fp32("fourfold", 700, 26_000, 4)
+    found = [lookup(x, codebook, "l2", s)[0] for s in SETS]
+    assert all(torch.equal(found[0], other) for other in found)
+    some_rows = slice(0, 700, 50)
+    assert torch.equal(found[0][some_rows], reference.nearest_code(x[some_rows], codebook, None, "l2", "exact"))
+
+
+# -- work: a row's own tile is looked at again, and hardly another one ------------------------------------------------
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize(("data", "tiles_per_row"), [("gaussian", 1.2), ("normalised", 1.2), ("offset", 1.5), ("spread", 1.2)])
+def test_easy_data_is_certified_by_the_pass(data, tiles_per_row, instruction_set):
+    x, codebook = fp32(data, 4096, 4096, 64)
+    indices, counters = lookup(x, codebook, "l2", instruction_set)
+    assert len(x) <= counters["rescored_tiles"] <= tiles_per_row * len(x)
+    assert counters["exact_values"] <= 0.5 * len(x)
+    assert counters["brute_force_rows"] == 0
+    few = slice(0, 4096, 128)
+    assert torch.equal(indices[few], reference.nearest_code(x[few], codebook, None, "l2", "exact"))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("metric", ops.METRICS)
+@pytest.mark.parametrize("data", ["all_equal", "fourfold", "all_zero"])
+def test_duplicates_are_not_evaluated_over_and_over(data, metric, instruction_set):
+    """2048 equal codes cost 4 million evaluations if every row meets all of them."""
+    x, codebook = fp32(data, 2048, 2048, 16)
+    indices, counters = lookup(x, codebook, metric, instruction_set)
+    assert counters["exact_values"] <= 20 * len(x)
+    assert torch.equal(indices[:32], reference.nearest_code(x[:32], codebook, None, metric, "exact"))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_zero_rows_are_answered_once(instruction_set):
+    """All codes of a normalised codebook tie, to within rounding, for a row of zeros: padding must not be the slow case."""
+    x, codebook = torch.zeros(2048, 16), fp32("normalised", 1, 1024, 16)[1]
+    indices, counters = lookup(x, codebook, "l2", instruction_set)
+    assert counters["exact_values"] <= 2 * len(codebook)
+    assert torch.equal(indices[:1], reference.nearest_code(x[:1], codebook, None, "l2", "exact")) and len(indices.unique()) == 1
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("data", ["huge", "tiny", "nan_rows", "inf_rows", "nan_codes"])
+def test_hard_values_need_no_brute_force(data, instruction_set):
+    x, codebook = fp32(data, 512, 512, 16)
+    _, counters = lookup(x, codebook, "l2", instruction_set)
+    assert counters["brute_force_rows"] == 0 and counters["exact_values"] <= len(x)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_rows_and_codes_of_every_magnitude_need_no_brute_force(instruction_set):
+    """For rows 2^53 times as long as the codes all fp64 distances tie; those and no others need every code in fp64."""
+    x, codebook = fp32("mixed_rows", 512, 512, 16)
+    _, counters = lookup(x, codebook, "l2", instruction_set)
+    far = int((x.double().norm(dim=1) > 1e8).sum())
+    assert counters["brute_force_rows"] == 0 and counters["exact_values"] <= far * len(codebook)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_fast_evaluates_nothing_in_fp64(instruction_set):
+    x, codebook = fp32("gaussian", 512, 512, 16)
+    indices, counters = lookup(x, codebook, "l2", instruction_set, exact=False)
+    assert counters["exact_values"] == 0
+    assert (indices == lookup(x, codebook, "l2", instruction_set)[0]).float().mean() > 0.99
+
+
+# -- the choice from outside ------------------------------------------------------------------------------------------
+
+SELECT = """
+import torch, mmgen_kernels as mk
+from mmgen_kernels import _probe
+from mmgen_kernels.battery.vq.data import DATA_SETS
+x, codebook = DATA_SETS["near_ties"](65, 97, 16, torch.float32, torch.float32)
+with mk.use_backend("cpp"):
+    print(_probe.selected(), mk.nearest_code(x, codebook).tolist())
+"""
+
+
+def run(code, **environment):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MMGEN_KERNELS_")} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_named_by_the_environment(instruction_set):
+    x, codebook = fp32("near_ties", 65, 97, 16)
+    done = run(SELECT, MMGEN_KERNELS_CPU=instruction_set)
+    truth = reference.nearest_code(x, codebook, None, "l2", "exact").tolist()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{instruction_set} {truth}"
+
+
+def test_unknown_name_in_the_environment():
+    done = run("import torch, mmgen_kernels as mk; mk.nearest_code(torch.ones(1, 1), torch.ones(1, 1))", MMGEN_KERNELS_CPU="avx9")
+    assert done.returncode == 1
+    assert "MMGEN_KERNELS_CPU must be scalar, avx2 or avx512, got 'avx9'" in done.stderr.strip().splitlines()[-1]
+
+
+def test_unknown_names_of_the_probe():
+    x = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="scalar, avx2 or avx512, got 'sse'"):
+        lookup(x, x, "l2", "sse")
+    assert probe.selected() in SETS
+
+
+@pytest.mark.skipif("avx512" not in SETS, reason="needs a CPU with AVX-512")
+def test_the_operator_and_the_probe_agree():
+    x, codebook = randn(500, 24, seed=1).float(), randn(300, 24, seed=2).float()
+    with mk.use_backend("cpp"):
+        assert torch.equal(mk.nearest_code(x, codebook), lookup(x, codebook, "l2", probe.selected())[0])
