@@ -21,7 +21,7 @@ constexpr double far_away = 0x1p44;  // norm, in scaled units, beyond which a co
 ErrorBound::ErrorBound(Metric metric, int64_t dim)
     : l2_(metric == Metric::l2),
       pass_(1.02 * (dim + 8) * 0x1p-24),
-      value_(1.02 * (dim + 4) * 0x1p-53),
+      value_(1.02 * (metric == Metric::cosine ? 2 * dim + 12 : dim + 4) * 0x1p-53),
       dim_(dim) {}
 
 double ErrorBound::operator()(double r, double n, double raw) const {
@@ -56,7 +56,7 @@ void Codebook::measure() {
   squared_norms_.resize(count);
   std::vector<double> sums(chunks * dim, 0.0);
   const auto summarise = [&] {
-    double total = 0, largest = 0, smallest = infinity;
+    double total = 0, largest = 0, smallest = infinity, smallest_positive = infinity;
     int64_t finite = 0;
     for (const double squared : squared_norms_) {
       if (!std::isfinite(squared)) continue;
@@ -64,7 +64,10 @@ void Codebook::measure() {
       total += squared;
       largest = std::max(largest, squared);
       smallest = std::min(smallest, squared);
+      if (squared > 0) smallest_positive = std::min(smallest_positive, squared);
     }
+    // Nothing narrower than fp64 reaches these bounds.
+    extreme |= rows.dtype == Float::fp64 && (largest > 0x1p800 || smallest_positive < 0x1p-800);
     any_finite = finite > 0;
     all_finite = finite == count;
     largest_norm = std::sqrt(largest);
@@ -82,8 +85,6 @@ void Codebook::measure() {
   });
   const int64_t finite = summarise();
   largest_raw_norm = largest_norm;
-  // Nothing narrower than fp64 reaches these bounds.
-  extreme = rows.dtype == Float::fp64 && (largest_norm > 0x1p400 || (largest_norm > 0 && smallest_norm < 0x1p-400));
   mean_.assign(dim, 0.0);
   double mean_squared = 0;
   for (int64_t d = 0; d < dim; ++d) {

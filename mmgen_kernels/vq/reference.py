@@ -128,8 +128,9 @@ def vector_quantize_backward(
         per_row = -difference * (g_codebook + g_loss * (beta if legacy_beta else 1.0))
         heads, (codes, dim) = (1 if len(codebook_shape) == 2 else codebook_shape[0]), codebook_shape[-2:]
         # A stable sort by code and a sum in row order: the same bits in every run, which scatter_add_ does not promise.
-        slots = (indices.clamp(max=codes - 1).view(heads, -1) + codes * torch.arange(heads, device=x.device)[:, None]).view(-1)
-        slots = torch.where(valid.view(-1), slots, heads * codes)
+        per_head = indices.clamp(max=codes - 1).reshape(heads, indices.numel() // max(1, heads))  # (H, N)
+        slots = (per_head + codes * torch.arange(heads, device=x.device)[:, None]).view(-1)
+        slots = torch.where(valid.reshape(-1), slots, heads * codes)
         order = slots.sort(stable=True)
         counts = torch.zeros(heads * codes + 1, dtype=torch.int64, device=x.device).index_add_(0, slots, torch.ones_like(slots))
         sums = torch.segment_reduce(per_row.reshape(-1, dim)[order.indices], "sum", lengths=counts, axis=0)
@@ -143,7 +144,8 @@ def vector_quantize_backward(
 def with_heads(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, int]:
     """x as (H, N, D), codebook as (H, K, D), H."""
     codes = codebook if codebook.dim() == 3 else codebook[None]
-    return x.reshape(len(codes), -1, x.shape[-1]), codes, len(codes)
+    count = math.prod(x.shape[codebook.dim() - 2 : -1])  # not -1, which H = 0 leaves undecided
+    return x.reshape(len(codes), count, x.shape[-1]), codes, len(codes)
 
 
 def squared_norms(codes: Tensor) -> Tensor:

@@ -70,6 +70,20 @@ def test_opcheck(name, overload):
         torch.library.opcheck(overload, arguments)
 
 
+@pytest.mark.parametrize(
+    "overload", list({str(o): o for o in OPERATORS["vector_quantize_backward"].overloads.values()}.values()), ids=str
+)
+def test_backward_takes_any_layout(overload):
+    """Only a direct call brings transposed indices; they must not be read as if they were dense."""
+    dense = (torch.randn(5, 2, 4), torch.randn(5, 2, 4), torch.randint(-1, 3, (5, 2)))
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in dense]
+    results = []
+    for x, quantized, indices in (dense, turned):
+        given = (quantized.flip(0), torch.tensor(1.0), None, None, x, quantized, indices)
+        results.append(overload(*given, [3, 4], 0.25, False, "rotation", True, True))
+    assert_same(*results)
+
+
 # -- torch.compile ----------------------------------------------------------------------------------------------------
 
 

@@ -132,6 +132,7 @@ LAYOUTS = {
     "heads_share_a_codebook": lambda x, c: (x.view(4, 24, 24), c.expand(4, 37, 24), None),
     "heads_mask": lambda x, c: (x.view(4, 24, 24), c[:36].view(4, 9, 24), some(4, 24, like=x)),
     "heads_no_rows": lambda x, c: (x.view(4, 24, 24)[:, :0], c[:36].view(4, 9, 24), None),
+    "no_heads": lambda x, c: (x.view(4, 24, 24)[:0], c[:36].view(4, 9, 24)[:0], None),
     "one_head": lambda x, c: (x[None], c[None], None),
 }
 

@@ -155,6 +155,7 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor], Inputs]] = {
     "heads_mask": lambda x, c: (x.view(4, 24, 24), c.view(4, 9, 24), some(4, 24, like=x)),
     "heads_from_channels": lambda x, c: (x.view(96, 4, 6).transpose(0, 1), c.view(36, 4, 6).transpose(0, 1), None),
     "heads_no_rows": lambda x, c: (x.view(4, 24, 24)[:, :0], c.view(4, 9, 24), None),
+    "no_heads": lambda x, c: (x.view(4, 24, 24)[:0], c.view(4, 9, 24)[:0], None),
     "images_channels_first": lambda x, c: (x.view(2, 24, 6, 8).permute(0, 2, 3, 1), c, None),
     "strided_rows": lambda x, c: (x[::3], c[1::2], None),
     "expanded_rows": lambda x, c: (x[:1].expand(9, 24), c, None),
