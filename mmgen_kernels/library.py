@@ -26,7 +26,7 @@ from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # type: ignore
 from torch._C import _DisableAutocast as NoAutocast  # type: ignore[attr-defined]
 
 NAMESPACE = "mmgen_kernels"
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901 - lives as long as the process
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process
 OPERATORS: dict[str, Operator] = {}
 
 
@@ -195,7 +195,7 @@ def _import_launcher(path: str) -> Callable:
 
 
 def _python_kernel(function: Callable) -> Callable:
-    """A kernel written in Python must record no autograd, must not be cast by autocast, and returns dense outputs as the fake says."""
+    """A kernel written in Python must record no autograd, must not be cast by autocast, and returns what the fake says: dense."""
 
     def kernel(*args):
         with BelowAutograd(), NoAutocast():

@@ -41,6 +41,7 @@ double Codebook::norm(int64_t k) const { return std::sqrt(squared_norms_[k]); }
 double Codebook::read(int64_t k, const double* mean, double* out) const {
   if (metric_ != Metric::cosine) return kernels_.read(rows, k, mean, out);
   const double length = std::sqrt(kernels_.read(rows, k, nullptr, out));
+  if (!(length <= 0x1p500)) return infinity;  // its fp64 value comes of overflowing squares: not one for the pass
   double sum = 0;
   for (int64_t d = 0; d < rows.dim; ++d) {
     out[d] = (length == 0 ? 0 : out[d] / length) - (mean == nullptr ? 0 : mean[d]);

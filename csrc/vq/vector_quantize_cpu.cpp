@@ -180,12 +180,14 @@ std::tuple<Tensor, Tensor> vector_quantize_backward_cpu(
     void* out = grad_codebook.mutable_data_ptr();
     const Float dtype = float_of(quantized.scalar_type());
     std::vector<int64_t> start(slots + 1, 0), order(valid);
+    // an index that is out of range, which only a direct call can bring, is clamped: never a write out of bounds
+    const auto slot = [&](int64_t i) { return (i / count) * num_codes + std::min(index[i], num_codes - 1); };
     for (int64_t i = 0; i < total; ++i)
-      if (index[i] >= 0) ++start[(i / count) * num_codes + index[i] + 1];
+      if (index[i] >= 0) ++start[slot(i) + 1];
     std::partial_sum(start.begin(), start.end(), start.begin());
     std::vector<int64_t> next(start.begin(), start.end() - 1);
     for (int64_t i = 0; i < total; ++i)
-      if (index[i] >= 0) order[next[(i / count) * num_codes + index[i]]++] = i;
+      if (index[i] >= 0) order[next[slot(i)]++] = i;
     parallel(slots, dim * (1 + valid / slots), [&](int64_t begin, int64_t end) {
       std::vector<double> row(dim), code(dim), sum(dim);
       for (int64_t k = begin; k < end; ++k) {

@@ -103,6 +103,15 @@ def test_extremes_of_fp64(of_x, of_codes, metric):
             assert torch.equal(mk.nearest_code(x, codebook, metric=metric), truth), implementation
 
 
+def test_a_code_whose_norm_overflows_is_no_zero_code(implementation):
+    """cosine: inf / inf is NaN and never wins, while a zero code scores 0 and may."""
+    x = torch.tensor([[1e200, 0.0]], dtype=torch.float64)
+    codebook = torch.tensor([[1e300, 0.0], [-1.0, 1.0], [0.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    assert mk.nearest_code(x, codebook, metric="cosine").tolist() == [2]
+    assert mk.nearest_code(x, codebook[:2], metric="cosine").tolist() == [1]
+    assert mk.nearest_code(x, codebook[[0, 3]], metric="cosine").tolist() == [1]
+
+
 @pytest.mark.parametrize("dtype", ops.DTYPES)
 @pytest.mark.parametrize("other", ops.DTYPES)
 def test_every_pair_of_dtypes(implementation, dtype, other):
