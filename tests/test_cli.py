@@ -196,9 +196,10 @@ def test_tolerance_where_plain_pytorch_is_exact():
 
 def test_tolerance_of_a_single_number_is_one_unit_in_the_last_place():
     truth = torch.tensor(1 / 3, dtype=torch.float64)
-    best, two = truth.float(), torch.tensor(2.0)
-    assert tolerance.failure("y", torch.nextafter(best, two), best, truth)[1] is None
-    assert tolerance.failure("y", torch.nextafter(torch.nextafter(best, two), two), best, truth)[1] is not None
+    best = truth.float()  # a third of a unit above the truth
+    below, above = torch.nextafter(best, torch.tensor(0.0)), torch.nextafter(best, torch.tensor(1.0))
+    assert tolerance.failure("y", below, best, truth)[1] is None
+    assert "rms error" in tolerance.failure("y", above, best, truth)[1]
 
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))

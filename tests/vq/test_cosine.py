@@ -12,7 +12,7 @@ DIM, ULP = 1024, 2.0**-52
 
 
 def adversarial_pair():
-    """x and two codes: code 0 is nearer in exact arithmetic by 2.5 D units of 2^-53, code 1 in fp64, whose roundings all go against 0."""
+    """x and two codes: code 0 is truly nearer by 2.5 D units of 2^-53, code 1 in fp64, whose roundings all go against it."""
     generator = np.random.default_rng(0)
     x, a, b = [1.0], [1.0], [1.0]
 
