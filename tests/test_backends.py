@@ -14,6 +14,7 @@ from mmgen_kernels.library import OPERATORS
 
 X, CODEBOOK = torch.zeros(5, 4), torch.zeros(3, 4)
 LOOKUP = OPERATORS["nearest_code"]
+needs_cpp = pytest.mark.skipif(not LOOKUP.has_cpp, reason=f"needs the C++ part, which is {backends.library_error()}")
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def run(code, **environment):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
 
 
+@needs_cpp
 def test_scopes_nest_and_end(ran):
     mk.nearest_code(X, CODEBOOK)
     with mk.use_backend("reference"):
@@ -57,6 +59,7 @@ def test_scopes_nest_and_end(ran):
     assert backends._forced == {}
 
 
+@needs_cpp
 def test_a_scope_ends_on_an_error(ran):
     with pytest.raises(ZeroDivisionError), mk.use_backend("reference"):
         raise ZeroDivisionError
@@ -64,6 +67,7 @@ def test_a_scope_ends_on_an_error(ran):
     assert ran == ["cpp"]
 
 
+@needs_cpp
 def test_a_family_outranks_all_families(ran):
     with mk.use_backend("cpp"), mk.use_backend("reference", family="vq"):
         mk.nearest_code(X, CODEBOOK)
@@ -132,6 +136,7 @@ def test_asking_for_the_reference_does_not_warn(without_cpp):
         mk.nearest_code(X, CODEBOOK)
 
 
+@needs_cpp
 def test_compiled_code_follows_the_scope():
     """Dynamo guards the choice: the same compiled function changes implementation with the scope around it."""
     targets = []
@@ -149,6 +154,7 @@ def test_compiled_code_follows_the_scope():
     assert targets == [["mmgen_kernels.nearest_code.default"], ["mmgen_kernels.nearest_code.reference"]]
 
 
+@needs_cpp
 def test_scope_inside_compiled_code():
     targets = []
 
@@ -166,6 +172,7 @@ def test_scope_inside_compiled_code():
     assert backends._forced == {}
 
 
+@needs_cpp
 def test_the_backward_runs_by_the_implementation_of_the_forward():
     """Left scopes do not change what a graph already chose."""
     seen = []
@@ -192,6 +199,7 @@ def test_report():
         assert f"\n  {implementation:<10} " in report
 
 
+@needs_cpp
 @pytest.mark.parametrize("device", ("meta", "cpu", "cuda", "mps"))
 def test_reasons(device):
     assert backends.reasons_against(LOOKUP, "reference", device) == []
@@ -214,12 +222,14 @@ print(mk.nearest_code(torch.ones(1, 2), torch.ones(3, 2)).tolist())
 """
 
 
+@needs_cpp
 @pytest.mark.parametrize("name", ("reference", "cpp"))
 def test_environment(name):
     done = run(REPORT, MMGEN_KERNELS_BACKEND=name)
     assert done.stdout.split() == [name, "cpp", "[0]"], done.stderr
 
 
+@needs_cpp
 def test_environment_empty_is_unset():
     assert run(REPORT, MMGEN_KERNELS_BACKEND="").stdout.split()[0] == "cpp"
 

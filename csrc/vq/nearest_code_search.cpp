@@ -24,7 +24,7 @@ constexpr int64_t block_rows = 256;
 constexpr int class_width = 40;                 // log2 of the magnitudes that share one scale
 constexpr float never = 3e38f;                  // above every score
 constexpr double far_away = 0x1p44;             // larger norms, in scaled units, are not in the pass
-constexpr int64_t many_ties = 32;               // fp64 evaluations of one row that make duplicated codes likely
+constexpr int64_t many_ties = 32;               // compared candidates of one row that make duplicated codes likely
 
 // What is known of a row between panels: its best code so far, and an interval around that code's score.
 struct Candidate {
@@ -197,7 +197,7 @@ class Worker {
     Candidate list[capacity];
     int count;
     double upper;  // the winner's score is not above it
-    int64_t evaluations;
+    int64_t ties;  // candidates that had to be compared
   };
 
   void search(const int64_t* rows, int64_t count, Candidate* state) {
@@ -234,7 +234,7 @@ class Worker {
   // The code that gave a row's minimum bounds the winner's score from above.
   void start(Contest& contest, int64_t i, const Candidate& champion) const {
     contest.count = 0;
-    contest.evaluations = 0;
+    contest.ties = 0;
     contest.upper = champion.upper;
     if (champion.index >= 0) contest.list[contest.count++] = champion;
     for (size_t s = 0; s < panel_.parts.size(); ++s) {
@@ -332,14 +332,14 @@ class Worker {
         c.value = exact_value(l_.q_.metric, row_.data(), l_.codebook_.rows, c.index);
         c.evaluated = true;
         ++exact_values_;
-        ++contest.evaluations;
       }
+      ++contest.ties;
       const Candidate& b = contest.list[best];
       if (c.value < b.value || (c.value == b.value && c.index < b.index)) best = i;
     }
     contest.list[0] = contest.list[best];
     contest.count = 1;
-    if (contest.evaluations > many_ties && !l_.duplicates_dropped_) l_.many_ties_ = true;
+    if (contest.ties > many_ties && !l_.duplicates_dropped_) l_.many_ties_ = true;
   }
 
   Lookup& l_;
