@@ -60,7 +60,8 @@ class Quantizer(nn.Module):
         """
         rows = self.project(z).flatten(0, 2)  # (N, D)
         size = min(len(rows), len(counts))
-        start = turn * size % len(counts)
+        turns = -(-len(counts) // size)
+        start = turn % turns * size
         block = slice(start, start + size)  # the last one may be shorter
         unused = counts[block] == 0  # (S,)
         codes = self.embedding.weight[block]  # (S, D)
