@@ -112,6 +112,20 @@ def test_a_code_whose_norm_overflows_is_no_zero_code(implementation):
     assert mk.nearest_code(x, codebook[[0, 3]], metric="cosine").tolist() == [1]
 
 
+@pytest.mark.parametrize("data", ("vanishing", "mixed_rows", "mixed_codes"))
+@pytest.mark.parametrize("dim", (1, 2, 3, 12))
+@pytest.mark.parametrize("broken", (None, torch.nan, torch.inf))
+def test_codes_that_vanish_beside_the_rows(implementation, data, dim, broken):
+    """Codes that vanish in every dimension tie exactly and the first wins, unless it is not finite; those that vanish in all
+    but one do not tie."""
+    x, codebook = DATA_SETS[data](300, 60, dim, torch.float64, torch.float64)
+    if broken is not None:
+        codebook[0] = broken
+    truth = by_hand(x, codebook, "l2")
+    assert len(truth.unique()) > 1
+    assert torch.equal(mk.nearest_code(x, codebook), truth)
+
+
 @pytest.mark.parametrize("dtype", ops.DTYPES)
 @pytest.mark.parametrize("other", ops.DTYPES)
 def test_every_pair_of_dtypes(implementation, dtype, other):

@@ -139,6 +139,14 @@ def mixed_columns(n, k, d, dtype):
 
 
 @data_set
+def vanishing(n, k, d, dtype):
+    """Rows so much larger than the codes that x - c rounds to x in most dimensions, in fp64 too, and codes nearly tie."""
+    x, codebook = gaussian(n, k, d, dtype)
+    largest, smallest = (15, -24) if dtype == torch.float16 else (60, 0)
+    return torch.sign(x) * 2.0 ** (largest - 14 * rand(n, d, seed=3)), codebook * 2.0**smallest
+
+
+@data_set
 def grid(n, k, d, dtype):
     """Small integers: distances are exact in every dtype and tie often, between different codes too."""
     return randint(-2, 3, (n, d), seed=1).double(), randint(-2, 3, (k, d), seed=2).double()
