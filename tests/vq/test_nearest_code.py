@@ -85,6 +85,14 @@ def test_rows_and_codes_that_are_not_finite(implementation, metric):
     assert mk.nearest_code(x, codebook, metric=metric).tolist() == {"l2": [0], "dot": [1], "cosine": [0]}[metric]
 
 
+@pytest.mark.parametrize("metric", ("dot", "cosine"))
+@pytest.mark.parametrize("broken", (torch.nan, torch.inf))
+def test_a_zero_row_beside_codes_that_are_not_finite(implementation, metric, broken):
+    """0 x NaN and 0 x Inf are NaN, which never wins; all other codes score 0."""
+    codebook = torch.tensor([[broken, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    assert mk.nearest_code(torch.zeros(2, 2), codebook, metric=metric).tolist() == [1, 1]
+
+
 EXTREMES = (5e-324, 1e-310, 1e-200, 1e-160, 1e-100, 1.0, 1e100, 1e150, 1e160, 1e300, 1.7e308)
 
 
@@ -124,6 +132,15 @@ def test_codes_that_vanish_beside_the_rows(implementation, data, dim, broken):
     truth = by_hand(x, codebook, "l2")
     assert len(truth.unique()) > 1
     assert torch.equal(mk.nearest_code(x, codebook), truth)
+
+
+@pytest.mark.parametrize("broken", (torch.nan, torch.inf))
+def test_first_of_many_ties_is_not_finite(implementation, broken):
+    """Far away all codes tie and the first is the answer, but not one at no finite distance."""
+    codebook = torch.tensor([[broken], [1.0], [-2.0]], dtype=torch.float64)
+    x = 2.0 ** torch.arange(40, 80, dtype=torch.float64)[:, None]
+    assert torch.equal(mk.nearest_code(x, codebook), by_hand(x, codebook, "l2"))
+    assert mk.nearest_code(x[-1:], codebook).tolist() == [1]
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES)
