@@ -77,6 +77,11 @@ void Codebook::measure() {
     return finite;
   };
   parallel(chunks, chunk * dim, [&](int64_t begin, int64_t end) {
+    if (metric_ != Metric::cosine) {
+      for (int64_t i = begin; i < end; ++i)
+        kernels_.summarise(rows, i * chunk, std::min(chunk, count - i * chunk), &squared_norms_[i * chunk], &sums[i * dim]);
+      return;
+    }
     std::vector<double> code(dim);
     for (int64_t k = begin * chunk; k < std::min(count, end * chunk); ++k) {
       squared_norms_[k] = read(k, nullptr, code.data());
@@ -169,21 +174,26 @@ void Codebook::drop_duplicates() {
 void Codebook::pack(int64_t first, int64_t last, double scale, float* out, float* norms) const {
   const int64_t width = kernels_.codes, dim = rows.dim;
   const bool l2 = metric_ == Metric::l2;
+  const double factor = l2 ? -2 * scale : -scale, reach = far_away / scale;
   std::vector<double> code(dim);
-  for (int64_t t = first; t < last; ++t)
+  std::vector<float> flat(width * dim);
+  for (int64_t t = first; t < last; ++t) {
     for (int64_t j = 0; j < width; ++j) {
       const int64_t k = code_at(t * width + j);
-      float* column = out + (t - first) * width * dim + j;
-      const bool possible = k >= 0 && norm(k) * scale <= far_away;  // false for NaN
-      if (possible) {
+      const bool possible = k >= 0 && norm(k) <= reach;  // false for NaN
+      if (!possible) {
+        std::fill_n(&flat[j * dim], dim, 0.0f);
+      } else if (metric_ == Metric::cosine) {
         read(k, mean_of_codes(), code.data());
-        kernels_.pack(code.data(), l2 ? -2 * scale : -scale, dim, width, column);
+        kernels_.narrow(code.data(), factor, dim, &flat[j * dim]);
       } else {
-        for (int64_t d = 0; d < dim; ++d) column[d * width] = 0;
+        kernels_.load(rows, k, mean_of_codes(), factor, &flat[j * dim]);
       }
       const double norm_term = l2 && possible ? squared_norms_[k] * scale * scale : 0.0;
       norms[(t - first) * width + j] = possible ? static_cast<float>(norm_term < flushed * flushed ? 0 : norm_term) : never;
     }
+    kernels_.interleave_codes(flat.data(), dim, out + (t - first) * width * dim);
+  }
 }
 
 }  // namespace mmgen_kernels::vq

@@ -32,24 +32,33 @@ void nearest_code(const Query& query, InstructionSet set, Counters* counters = n
 // Smaller components are packed as zero: a product of two others is a normal number, and subnormal ones cost 100x.
 constexpr double flushed = 0x1p-62;
 
-// The inner loops, one table per instruction set. A panel holds `rows` rows, two vectors of them, as [dim][rows]; a tile holds
-// `codes` codes as [dim][codes]. With codes packed as -2c and a norm term |c|^2, norm + x . packed is |x - c|^2 - |x|^2.
+// The inner loops, one table per instruction set. A panel holds `rows` rows, at most 64, as [dim][rows]; a tile holds `codes`
+// codes as [dim][codes]. With codes packed as -2c and a norm term |c|^2, norm + x . packed is |x - c|^2 - |x|^2.
 struct Kernels {
   const char* name;
   int64_t rows;
   int64_t codes;
 
-  // out = row - mean (nullptr: none) in fp64; returns its squared norm.
+  // The squared norm of row - mean (nullptr: none) in fp64.
+  double (*squared_norm)(const Rows& matrix, int64_t row, const double* mean);
+  // out = row - mean; returns squared_norm.
   double (*read)(const Rows& matrix, int64_t row, const double* mean, double* out);
-  // out[d * stride] = float(values[d] * scale), or 0 if that is smaller than `flushed`
-  void (*pack)(const double* values, double scale, int64_t dim, int64_t stride, float* out);
+  // out = float((row - mean) * scale), components smaller than `flushed` as 0
+  void (*load)(const Rows& matrix, int64_t row, const double* mean, double scale, float* out);
+  // The same of values already read.
+  void (*narrow)(const double* values, double scale, int64_t dim, float* out);
+  // squared[i] = squared_norm of row first + i, and sums += the rows whose squared norm is finite, one after the other.
+  void (*summarise)(const Rows& matrix, int64_t first, int64_t count, double* squared, double* sums);
+  // A panel of `rows` rows, and a tile of `codes` codes: (count, dim) to (dim, count).
+  void (*interleave_rows)(const float* flat, int64_t dim, float* panel);
+  void (*interleave_codes)(const float* flat, int64_t dim, float* tile);
   // minima[t][r] = the smallest score of row r in tile t; row_minima[r] = min(itself, those).
   void (*sweep)(const float* panel, const float* tiles, const float* norms, int64_t dim, int64_t count, float* minima,
                 float* row_minima);
-  // Bit r of masks[t]: minima[t][r] <= thresholds[r].
-  void (*compare)(const float* minima, int64_t count, const float* thresholds, uint32_t* masks);
-  // scores[j] of one row with the codes of one tile. Reads up to one vector past the tile.
-  void (*rescore)(const float* row, const float* tile, const float* norms, int64_t dim, float* scores);
+  // The tiles t in which some row r has minima[t][r] <= thresholds[r], and a mask of those rows for each; returns how many.
+  int64_t (*compare)(const float* minima, int64_t count, const float* thresholds, int32_t* tiles, uint64_t* masks);
+  // scores[j] of one row with the codes of one tile; returns a mask of those <= limit. Reads up to one vector past the tile.
+  uint32_t (*rescore)(const float* row, const float* tile, const float* norms, int64_t dim, float limit, float* scores);
 };
 
 extern const Kernels scalar_kernels;

@@ -2,5 +2,5 @@
 #include "vq/nearest_code_kernels.h"
 
 namespace mmgen_kernels::vq {
-const Kernels avx512_kernels = kernels<simd::VecAvx512, 12>("avx512");
+const Kernels avx512_kernels = kernels<simd::VecAvx512, 3, 9>("avx512");
 }

@@ -2,5 +2,5 @@
 #include "vq/nearest_code_kernels.h"
 
 namespace mmgen_kernels::vq {
-const Kernels scalar_kernels = kernels<simd::VecScalar, 4>("scalar");
+const Kernels scalar_kernels = kernels<simd::VecScalar, 2, 4>("scalar");
 }

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "vq/aligned.h"
 #include "vq/codebook.h"
 #include "vq/exact.h"
 #include "vq/parallel.h"
@@ -20,9 +21,10 @@ constexpr int64_t panel_bytes = 8 << 20;        // packed codes shared by the th
 constexpr int64_t panel_codes = 24 * 1024;      // bounds the tile minima: 8 KiB per row at 12 codes a tile
 constexpr int64_t sub_panel_bytes = 256 << 10;  // stays in L2 while every panel of a block of rows passes
 constexpr int64_t block_bytes = 512 << 10;      // rows of a block; twice as much for their tile minima
-constexpr int64_t block_rows = 256;
+constexpr int64_t block_rows = 144;
 constexpr int class_width = 40;                 // log2 of the magnitudes that share one scale
 constexpr float never = 3e38f;                  // above every score
+constexpr float possible = 2.9e38f;             // no score of a code lies above it
 constexpr double far_away = 0x1p44;             // larger norms, in scaled units, are not in the pass
 constexpr int64_t many_ties = 32;               // compared candidates of one row that make duplicated codes likely
 
@@ -91,7 +93,8 @@ class Lookup {
     });
   }
 
-  int8_t classify(int64_t row, double* scratch) const {
+  // Sets `squared` to the row's squared norm wherever the pass will want it.
+  int8_t classify(int64_t row, double& squared) const {
     if (q_.mask != nullptr && !q_.mask[row]) {
       q_.indices[row] = -1;
       return settled;
@@ -99,7 +102,7 @@ class Lookup {
     q_.indices[row] = 0;
     // Zero rows are common (padding), and all codes of a normalised codebook tie for them: answered once.
     if (is_zero(row)) return l2_ ? zero : (brute_force_all_ ? brute : settled);
-    const double squared = k_.read(q_.x, row, codebook_.mean_of_rows(), scratch);
+    squared = k_.squared_norm(q_.x, row, codebook_.mean_of_rows());
     if (q_.x.dtype == Float::fp64 && !(squared > 0x1p-800 && squared < 0x1p800)) return brute;
     if (!std::isfinite(squared)) return l2_ ? settled : brute;  // every distance is Inf or NaN: index 0
     if (brute_force_all_) return brute;
@@ -110,9 +113,10 @@ class Lookup {
 
   void search_rows(int64_t start, int64_t count) {
     std::vector<int8_t> classes(count);
+    squared_.resize(count);
+    first_row_ = start;
     parallel(count, dim_, [&](int64_t begin, int64_t end) {
-      std::vector<double> scratch(dim_);
-      for (int64_t i = begin; i < end; ++i) classes[i] = classify(start + i, scratch.data());
+      for (int64_t i = begin; i < end; ++i) classes[i] = classify(start + i, squared_[i]);
     });
     std::vector<std::vector<int64_t>> lists(256);
     for (int64_t i = 0; i < count; ++i) lists[static_cast<uint8_t>(classes[i])].push_back(start + i);
@@ -162,6 +166,8 @@ class Lookup {
   const bool l2_;
   Codebook codebook_;
   const ErrorBound error_;
+  std::vector<double> squared_;  // of rows from first_row_ on
+  int64_t first_row_ = 0;
   double scale_ = 1;
   int anchor_ = 0;
   bool brute_force_all_ = false, duplicates_dropped_ = false;
@@ -176,7 +182,7 @@ class Worker {
   Worker(Lookup& lookup, const Panel& panel, const std::vector<int64_t>& rows, int64_t block, Candidate* state)
       : l_(lookup), k_(lookup.k_), dim_(lookup.dim_), panel_(panel), all_rows_(rows), block_(block), state_(state),
         panels_(block * dim_), flat_(block * dim_), norms_(block), floors_(block), minima_(block * panel.tiles),
-        row_minima_(block * panel.parts.size()), thresholds_(k_.rows), masks_(panel.tiles), row_(dim_), contests_(k_.rows) {}
+        row_minima_(block * panel.parts.size()), thresholds_(k_.rows), found_(panel.tiles), masks_(panel.tiles), row_(dim_), contests_(k_.rows) {}
 
   ~Worker() {
     l_.rescored_tiles_ += rescored_tiles_;
@@ -260,39 +266,39 @@ class Worker {
       }
       thresholds_[i] = round_up(contests_[i].upper + largest_error(first + i, *part.segment));
     }
-    k_.compare(&minima_[(first / width * panel_.tiles + part.tile) * width], part.tiles, thresholds_.data(), masks_.data());
-    for (int64_t t = 0; t < part.tiles; ++t)
-      for (uint32_t mask = masks_[t]; mask != 0; mask &= mask - 1) {
-        const int i = __builtin_ctz(mask);
-        rescore(part.tile + t, first + i, rows[first + i], contests_[i], k_.codes);
+    const int64_t found = k_.compare(&minima_[(first / width * panel_.tiles + part.tile) * width], part.tiles, thresholds_.data(),
+                                     found_.data(), masks_.data());
+    for (int64_t f = 0; f < found; ++f)
+      for (uint64_t mask = masks_[f]; mask != 0; mask &= mask - 1) {
+        const int i = __builtin_ctzll(mask);
+        rescore(part.tile + found_[f], first + i, rows[first + i], contests_[i], k_.codes);
         if (l_.many_ties_.load(std::memory_order_relaxed)) return;
       }
   }
 
   void pack_rows(const int64_t* rows, int64_t count, int64_t padded) {
-    const int64_t width = k_.rows;
     for (int64_t i = 0; i < padded; ++i) {
-      float* column = &panels_[(i / width) * width * dim_ + i % width];
       float* flat = &flat_[i * dim_];
       if (i < count) {
-        const double norm = std::sqrt(k_.read(l_.q_.x, rows[i], l_.codebook_.mean_of_rows(), row_.data()));
+        const double norm = std::sqrt(l_.squared_[rows[i] - l_.first_row_]);
         const double scale = l_.l2_ ? l_.scale_ : std::ldexp(1.0, -exponent(norm));
         norms_[i] = norm * scale;
-        k_.pack(row_.data(), scale, dim_, 1, flat);
-        floors_[i] = floor(norm);
+        k_.load(l_.q_.x, rows[i], l_.codebook_.mean_of_rows(), scale, flat);
+        floors_[i] = floor(rows[i], norm);
       } else {
         norms_[i] = 0;
         std::fill_n(flat, dim_, 0.0f);
       }
-      for (int64_t d = 0; d < dim_; ++d) column[d * width] = flat[d];
     }
+    for (int64_t i = 0; i < padded; i += k_.rows) k_.interleave_rows(&flat_[i * dim_], dim_, &panels_[i * dim_]);
   }
 
-  // A component of a code that is not above it vanishes beside every component of the row just read.
-  double floor(double norm) const {
+  // A component of a code that is not above it vanishes beside every component of the row.
+  double floor(int64_t row, double norm) {
     const auto vanishes = [&](const Segment& s) { return s.largest_norm < norm * 0x1p-54; };
     const std::vector<Segment>& segments = l_.codebook_.segments;
     if (!l_.l2_ || l_.codebook_.centred() || std::none_of(segments.begin(), segments.end(), vanishes)) return -1;
+    read_row(l_.q_.x, row, row_.data());
     double smallest = infinity;
     for (const double x : row_) smallest = std::min(smallest, std::abs(x));
     return smallest * 0x1p-54;
@@ -301,10 +307,11 @@ class Worker {
   void rescore(int64_t tile, int64_t i, int64_t row, Contest& contest, int64_t codes) {
     ++rescored_tiles_;
     float scores[64];
-    k_.rescore(&flat_[i * dim_], panel_.packed + tile * k_.codes * dim_, panel_.norms + tile * k_.codes, dim_, scores);
-    const float limit = thresholds_[i % k_.rows] > -never ? thresholds_[i % k_.rows] : never;
-    for (int64_t j = 0; j < codes; ++j) {
-      if (!(scores[j] <= limit && scores[j] < never)) continue;
+    const float threshold = thresholds_[i % k_.rows];
+    uint32_t mask = k_.rescore(&flat_[i * dim_], panel_.packed + tile * k_.codes * dim_, panel_.norms + tile * k_.codes, dim_,
+                               threshold > -never ? std::min(threshold, possible) : possible, scores);
+    for (mask &= (1u << codes) - 1; mask != 0; mask &= mask - 1) {
+      const int j = __builtin_ctz(mask);
       const int64_t k = l_.codebook_.code_at((panel_.first_tile + tile) * k_.codes + j);
       const double error = l_.q_.exact ? l_.error_(norms_[i], l_.codebook_.norm(k) * l_.scale_, raw_norm()) : 0.0;
       const double lower = scores[j] - error, upper = scores[j] + error;
@@ -349,13 +356,14 @@ class Worker {
   const std::vector<int64_t>& all_rows_;
   const int64_t block_;
   Candidate* const state_;
-  std::vector<float> panels_;           // [panel][dim][row]
-  std::vector<float> flat_;             // [row][dim]
+  Scratch panels_;                      // [panel][dim][row]
+  Scratch flat_;                        // [row][dim]
   std::vector<double> norms_, floors_;  // per row
-  std::vector<float> minima_;           // [panel][tile][row]
+  Scratch minima_;                      // [panel][tile][row]
   std::vector<float> row_minima_;       // [part][row]
   std::vector<float> thresholds_;       // per row of one panel
-  std::vector<uint32_t> masks_;
+  std::vector<int32_t> found_;
+  std::vector<uint64_t> masks_;
   std::vector<double> row_;
   std::vector<Contest> contests_;
   int64_t rescored_tiles_ = 0, exact_values_ = 0;
@@ -365,7 +373,7 @@ bool Lookup::pass(const std::vector<int64_t>& rows) {
   const int64_t count = static_cast<int64_t>(rows.size()), tiles = codebook_.tiles();
   const int64_t tile_bytes = k_.codes * dim_ * int64_t{sizeof(float)};
   const int64_t tiles_at_once = std::clamp<int64_t>(std::min(panel_bytes / tile_bytes, panel_codes / k_.codes), 1, tiles);
-  std::vector<float> packed(tiles_at_once * k_.codes * dim_ + 64), norms(tiles_at_once * k_.codes + 64);
+  Scratch packed(tiles_at_once * k_.codes * dim_ + 64), norms(tiles_at_once * k_.codes + 64);
 
   const int64_t threads = torch::stable::get_num_threads(), row_bytes = dim_ * int64_t{sizeof(float)};
   int64_t block = std::min({block_rows, block_bytes / row_bytes, 2 * block_bytes / (tiles_at_once * int64_t{sizeof(float)})});
