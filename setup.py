@@ -36,10 +36,12 @@ MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # -ffp-contract=off: the exactness contract counts roundings; every FMA is written out.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 # One translation unit per instruction set, so that no header's inline function leaks AVX-512 into the generic path.
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+                "-Wno-maybe-uninitialized"]
 INSTRUCTION_SET_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
-                    "-Wno-maybe-uninitialized"],
+    "_avx512.cpp": AVX512_FLAGS,
+    "_amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
 }
 OBJECTS = Path("build/objects")  # kept between builds and shared by the extensions
 

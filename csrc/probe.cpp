@@ -19,17 +19,17 @@ using namespace mmgen_kernels;
 namespace {
 
 InstructionSet by_name(const std::string& wanted) {
-  for (InstructionSet set : {InstructionSet::scalar, InstructionSet::avx2, InstructionSet::avx512})
+  for (InstructionSet set : all_instruction_sets)
     if (wanted == name(set)) {
       if (!supported(set)) throw py::value_error("this CPU does not have " + wanted);
       return set;
     }
-  throw py::value_error("instruction set must be scalar, avx2 or avx512, got '" + wanted + "'");
+  throw py::value_error("instruction set must be scalar, scalar_bf16, avx2, avx512 or amx, got '" + wanted + "'");
 }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (InstructionSet set : {InstructionSet::scalar, InstructionSet::avx2, InstructionSet::avx512})
+  for (InstructionSet set : all_instruction_sets)
     if (supported(set)) names.emplace_back(name(set));
   return names;
 }
@@ -49,6 +49,7 @@ std::pair<py::array_t<int64_t>, std::map<std::string, int64_t>> nearest_code(con
   return {indices,
           {{"rescored_tiles", counters.rescored_tiles},
            {"exact_values", counters.exact_values},
+           {"deferred_rows", counters.deferred_rows},
            {"brute_force_rows", counters.brute_force_rows}}};
 }
 

@@ -3,18 +3,24 @@
 
 namespace mmgen_kernels {
 
-enum class InstructionSet { scalar, avx2, avx512 };
+// scalar_bf16 is amx's path in plain C++, for tests: never chosen unless named.
+enum class InstructionSet { scalar, scalar_bf16, avx2, avx512, amx };
+constexpr InstructionSet all_instruction_sets[] = {InstructionSet::scalar, InstructionSet::scalar_bf16, InstructionSet::avx2,
+                                                   InstructionSet::avx512, InstructionSet::amx};
 
 inline const char* name(InstructionSet set) {
-  constexpr const char* names[] = {"scalar", "avx2", "avx512"};
+  constexpr const char* names[] = {"scalar", "scalar_bf16", "avx2", "avx512", "amx"};
   return names[static_cast<int>(set)];
 }
 
-// Whether this CPU can run it (and it was compiled in).
+// Whether this CPU can run it, it was compiled in and, for AMX, the operating system lets this process use it.
 bool supported(InstructionSet set);
 
 // Read at every call (an environment look-up costs 50 ns), so that tests can run every path of one process.
 // Throws std::runtime_error when MMGEN_KERNELS_CPU names something unknown or not supported here.
 InstructionSet selected();
+
+// Whether MMGEN_KERNELS_CPU chose it.
+bool selected_by_name();
 
 }  // namespace mmgen_kernels

@@ -1,37 +1,52 @@
-// Four floats in plain C++: runs anywhere, and compilers turn it into SSE2 or NEON.
+// Some floats in plain C++: runs anywhere, and compilers turn it into SSE2 or NEON.
 #pragma once
 
 #include <cstdint>
 
 namespace mmgen_kernels::simd {
 
-struct VecScalar {
-  static constexpr int width = 4;
+template <int WIDTH>
+struct Scalar {
+  static constexpr int width = WIDTH;
   float lane[width];
 
-  static VecScalar load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  static VecScalar broadcast(float x) { return {{x, x, x, x}}; }
+  static Scalar load(const float* p) {
+    Scalar out;
+    for (int i = 0; i < width; ++i) out.lane[i] = p[i];
+    return out;
+  }
+  static Scalar broadcast(float x) {
+    Scalar out;
+    for (float& lane : out.lane) lane = x;
+    return out;
+  }
   void store(float* p) const {
     for (int i = 0; i < width; ++i) p[i] = lane[i];
   }
 };
 
-inline VecScalar fmadd(VecScalar a, VecScalar b, VecScalar c) {
-  for (int i = 0; i < VecScalar::width; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+using VecScalar = Scalar<4>;
+
+template <int W>
+inline Scalar<W> fmadd(Scalar<W> a, Scalar<W> b, Scalar<W> c) {
+  for (int i = 0; i < W; ++i) c.lane[i] += a.lane[i] * b.lane[i];
   return c;
 }
-inline VecScalar add(VecScalar a, VecScalar b) {
-  for (int i = 0; i < VecScalar::width; ++i) a.lane[i] += b.lane[i];
+template <int W>
+inline Scalar<W> add(Scalar<W> a, Scalar<W> b) {
+  for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
   return a;
 }
-inline VecScalar min(VecScalar a, VecScalar b) {
-  for (int i = 0; i < VecScalar::width; ++i) a.lane[i] = b.lane[i] < a.lane[i] ? b.lane[i] : a.lane[i];
+template <int W>
+inline Scalar<W> min(Scalar<W> a, Scalar<W> b) {
+  for (int i = 0; i < W; ++i) a.lane[i] = b.lane[i] < a.lane[i] ? b.lane[i] : a.lane[i];
   return a;
 }
 // Bit i: a[i] <= b[i].
-inline uint32_t less_equal(VecScalar a, VecScalar b) {
+template <int W>
+inline uint32_t less_equal(Scalar<W> a, Scalar<W> b) {
   uint32_t bits = 0;
-  for (int i = 0; i < VecScalar::width; ++i) bits |= uint32_t(a.lane[i] <= b.lane[i]) << i;
+  for (int i = 0; i < W; ++i) bits |= uint32_t(a.lane[i] <= b.lane[i]) << i;
   return bits;
 }
 

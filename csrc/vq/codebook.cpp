@@ -24,10 +24,22 @@ ErrorBound::ErrorBound(Metric metric, int64_t dim)
       value_(1.02 * (metric == Metric::cosine ? 2 * dim + 12 : dim + 4) * 0x1p-53),
       dim_(dim) {}
 
-double ErrorBound::operator()(double r, double n, double raw) const {
+double ErrorBound::bound(double pass, double r, double n, double raw) const {
   const double tiny = (dim_ + 4) * (2 * flushed * (r + n) + 0x1p-100);
-  if (l2_) return (pass_ + 2 * value_) * n * n + 2 * pass_ * r * n + 2 * value_ * r * r + tiny;
-  return pass_ * r * n + value_ * r * raw + tiny;
+  if (l2_) return (pass + 2 * value_) * n * n + 2 * pass * r * n + 2 * value_ * r * r + tiny;
+  return pass * r * n + value_ * r * raw + tiny;
+}
+
+double ErrorBound::operator()(double r, double n, double raw) const { return bound(pass_, r, n, raw); }
+
+void ErrorBound::use(const Slots& slots) {
+  bf16_pass_ = 1.06 * (32 * slots.steps + 8) * 0x1p-24;
+  dropped_term_ = slots.terms == 1 ? 0 : 1.05 * 0x1p-16;
+}
+
+double ErrorBound::in_bf16(double r, double n, double raw, double row, double code) const {
+  const double packed = l2_ ? 2 * n : n;  // codes are packed as -2c, or -c
+  return bound(bf16_pass_, r, n, raw) + 1.001 * (row * packed + (r + row) * code + dropped_term_ * r * packed);
 }
 
 Codebook::Codebook(const Rows& codes, Metric metric, const Kernels& kernels) : rows(codes), metric_(metric), kernels_(kernels) {
@@ -171,12 +183,13 @@ void Codebook::drop_duplicates() {
   arrange();
 }
 
-void Codebook::pack(int64_t first, int64_t last, double scale, float* out, float* norms) const {
+void Codebook::pack(int64_t first, int64_t last, double scale, float* out, float* norms, std::byte* bf16_tiles,
+                    float* left_out) const {
   const int64_t width = kernels_.codes, dim = rows.dim;
   const bool l2 = metric_ == Metric::l2;
   const double factor = l2 ? -2 * scale : -scale, reach = far_away / scale;
   std::vector<double> code(dim);
-  std::vector<float> flat(width * dim);
+  std::vector<float> flat(width * dim), residuals(width);
   for (int64_t t = first; t < last; ++t) {
     for (int64_t j = 0; j < width; ++j) {
       const int64_t k = code_at(t * width + j);
@@ -193,6 +206,10 @@ void Codebook::pack(int64_t first, int64_t last, double scale, float* out, float
       norms[(t - first) * width + j] = possible ? static_cast<float>(norm_term < flushed * flushed ? 0 : norm_term) : never;
     }
     kernels_.interleave_codes(flat.data(), dim, out + (t - first) * width * dim);
+    if (kernels_.bf16 == nullptr) continue;
+    kernels_.bf16->pack_tile(flat.data(), norms + (t - first) * width, dim, bf16_tiles + (t - first) * kernels_.bf16->tile_bytes(dim),
+                             residuals.data());
+    left_out[t - first] = *std::max_element(residuals.begin(), residuals.end());
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "vq/aligned.h"
 #include "vq/nearest_code.h"
 
 namespace mmgen_kernels::vq {
@@ -174,13 +175,20 @@ uint32_t rescore(const float* row, const float* tile, const float* norms, int64_
   return less_equal(total, Vec::broadcast(limit)) & ((1u << CODES) - 1);
 }
 
+// All but the sweep.
+template <class Vec, int VECTORS, int CODES>
+constexpr Kernels scoring_kernels(const char* name) {
+  static_assert(VECTORS * Vec::width <= 64, "masks of 64 bits");
+  return {name, VECTORS * Vec::width, CODES, squared_norm, read, load, narrow, summarise,
+          interleave<VECTORS * Vec::width>, interleave<CODES>, nullptr, compare<Vec, VECTORS>, rescore<Vec, CODES>, nullptr};
+}
+
 // VECTORS vectors of rows by CODES codes: as many accumulators as leave registers for the rows and one broadcast.
 template <class Vec, int VECTORS, int CODES>
 constexpr Kernels kernels(const char* name) {
-  static_assert(VECTORS * Vec::width <= 64, "masks of 64 bits");
-  return {name, VECTORS * Vec::width, CODES, squared_norm, read, load, narrow, summarise,
-          interleave<VECTORS * Vec::width>, interleave<CODES>, sweep<Vec, VECTORS, CODES>, compare<Vec, VECTORS>,
-          rescore<Vec, CODES>};
+  Kernels kernels = scoring_kernels<Vec, VECTORS, CODES>(name);
+  kernels.sweep = sweep<Vec, VECTORS, CODES>;
+  return kernels;
 }
 
 }  // namespace

@@ -42,6 +42,16 @@ def test_edges_of_tiles(rows, codes, instruction_set):
     assert torch.equal(indices, reference.nearest_code(x, codebook, None, "l2", "exact"))
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("data", ["gaussian", "spread", "offset", "taming"])
+@pytest.mark.parametrize("dim", (1, 8, 9, 10, 29, 30, 32, 33, 61, 62, 64, 65, 200))
+def test_dimensions_around_the_steps_of_a_matrix_tile(dim, data, instruction_set):
+    """Up to 9 both factors are split in two, and up to 29 (61, 93, ..) the norm rides along."""
+    x, codebook = fp32(data, 70, 130, dim)
+    indices, _ = lookup(x, codebook, "l2", instruction_set)
+    assert torch.equal(indices, reference.nearest_code(x, codebook, None, "l2", "exact"))
+
+
 def test_sizes_of_several_panels_and_blocks():
     """More codes than a panel holds and more rows than a block, by every instruction set against each other."""
     x, codebook = fp32("fourfold", 700, 26_000, 4)
@@ -55,14 +65,35 @@ def test_sizes_of_several_panels_and_blocks():
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize(("data", "tiles_per_row"), [("gaussian", 1.2), ("normalised", 1.2), ("offset", 1.5), ("spread", 1.2)])
-def test_easy_data_is_certified_by_the_pass(data, tiles_per_row, instruction_set):
+@pytest.mark.parametrize(
+    ("data", "fp32_tiles", "bf16_tiles"),
+    [("gaussian", 1.2, 1.5), ("normalised", 1.2, 1.5), ("offset", 1.5, 1.5), ("spread", 1.2, 1.5)],
+)
+def test_easy_data_is_certified_by_the_pass(data, fp32_tiles, bf16_tiles, instruction_set):
     x, codebook = fp32(data, 4096, 4096, 64)
     indices, counters = lookup(x, codebook, "l2", instruction_set)
+    tiles_per_row = bf16_tiles if instruction_set in ("amx", "scalar_bf16") else fp32_tiles
     assert len(x) <= counters["rescored_tiles"] <= tiles_per_row * len(x)
+    assert counters["deferred_rows"] == 0
     assert counters["exact_values"] <= 0.5 * len(x)
     assert counters["brute_force_rows"] == 0
     few = slice(0, 4096, 128)
+    assert torch.equal(indices[few], reference.nearest_code(x[few], codebook, None, "l2", "exact"))
+
+
+@pytest.mark.parametrize("instruction_set", [s for s in SETS if s in ("amx", "scalar_bf16")])
+@pytest.mark.parametrize("panels", (1, 2))
+def test_rows_that_bf16_cannot_decide_are_left_to_fp32(panels, instruction_set):
+    """Two clusters of codes that differ by less than bf16 resolves, and rows among them beside rows that are easy."""
+    codes, dim = 13_000 * panels, 16
+    centres = torch.where(torch.arange(codes) % 2 == 0, 1.0, -1.0)[:, None] * randn(1, dim, seed=1).float()
+    codebook = centres + 1e-4 * randn(codes, dim, seed=2).float()
+    x = torch.cat([codebook[:300] + 1e-5 * randn(300, dim, seed=3).float(), randn(700, dim, seed=4).float()])
+    codebook[-5:] = x[-5:]
+    indices, counters = lookup(x, codebook, "l2", instruction_set)
+    assert counters["deferred_rows"] >= 300 and counters["brute_force_rows"] == 0
+    assert torch.equal(indices, lookup(x, codebook, "l2", "scalar")[0])
+    few = torch.cat([torch.arange(0, 300, 25), torch.arange(995, 1000)])
     assert torch.equal(indices[few], reference.nearest_code(x[few], codebook, None, "l2", "exact"))
 
 
@@ -140,12 +171,12 @@ def test_named_by_the_environment(instruction_set):
 def test_unknown_name_in_the_environment():
     done = run("import torch, mmgen_kernels as mk; mk.nearest_code(torch.ones(1, 1), torch.ones(1, 1))", MMGEN_KERNELS_CPU="avx9")
     assert done.returncode == 1
-    assert "MMGEN_KERNELS_CPU must be scalar, avx2 or avx512, got 'avx9'" in done.stderr.strip().splitlines()[-1]
+    assert "MMGEN_KERNELS_CPU must be scalar, scalar_bf16, avx2, avx512 or amx, got 'avx9'" in done.stderr.strip().splitlines()[-1]
 
 
 def test_unknown_names_of_the_probe():
     x = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="scalar, avx2 or avx512, got 'sse'"):
+    with pytest.raises(ValueError, match="scalar, scalar_bf16, avx2, avx512 or amx, got 'sse'"):
         lookup(x, x, "l2", "sse")
     assert probe.selected() in SETS
 

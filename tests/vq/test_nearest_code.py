@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,12 +17,36 @@ from mmgen_kernels import battery
 from mmgen_kernels.battery.vq.data import DATA_SETS, add_ulps, randint, randn
 from mmgen_kernels.vq import ops, reference
 
+
+def instruction_sets():
+    """Those that this CPU runs, as far as the probe was built to tell."""
+    try:
+        from mmgen_kernels import _probe
+    except ImportError:
+        return ["scalar_bf16"]
+    return _probe.instruction_sets()
+
+
 IMPLEMENTATIONS = battery.implementations("nearest_code", torch.device("cpu"))
+# The C++ path once more with a first pass in bf16, which small codebooks do not get by themselves.
+BF16 = [name for name in ("scalar_bf16", "amx") if name in instruction_sets()] if "cpp" in IMPLEMENTATIONS else []
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@contextmanager
+def using(implementation):
+    """use_backend, or the C++ path by that instruction set."""
+    if implementation not in BF16:
+        with mk.use_backend(implementation):
+            yield
+        return
+    with pytest.MonkeyPatch.context() as patch, mk.use_backend("cpp"):
+        patch.setenv("MMGEN_KERNELS_CPU", implementation)
+        yield
+
+
+@pytest.fixture(params=[*IMPLEMENTATIONS, *BF16])
 def implementation(request):
-    with mk.use_backend(request.param):
+    with using(request.param):
         yield request.param
 
 
@@ -106,8 +131,8 @@ def test_extremes_of_fp64(of_x, of_codes, metric):
     codebook[4] = randn(3, seed=3)
     x[5] = randn(3, seed=4)
     truth = by_hand(x, codebook, metric)
-    for implementation in IMPLEMENTATIONS:
-        with mk.use_backend(implementation):
+    for implementation in (*IMPLEMENTATIONS, *BF16):
+        with using(implementation):
             assert torch.equal(mk.nearest_code(x, codebook, metric=metric), truth), implementation
 
 
@@ -173,8 +198,8 @@ def test_gaps_of_one_ulp(scale, offset, metric):
     ])  # fmt: skip
     truth = reference.nearest_code(x, codebook, None, metric, "exact")
     assert len(truth.unique()) > 5
-    for implementation in IMPLEMENTATIONS:
-        with mk.use_backend(implementation):
+    for implementation in (*IMPLEMENTATIONS, *BF16):
+        with using(implementation):
             assert torch.equal(mk.nearest_code(x, codebook, metric=metric), truth), implementation
 
 
@@ -206,8 +231,8 @@ def test_shapes(leading, heads, codes, dim, dtypes, metric, layout, masked, grid
         x = x[..., :1].expand(x.shape)
     mask = randn(*shape, seed=seed + 2) > 0 if masked else None
     truth = reference.nearest_code(x.contiguous(), codebook.contiguous(), mask, metric, "exact")
-    for implementation in IMPLEMENTATIONS:
-        with mk.use_backend(implementation):
+    for implementation in (*IMPLEMENTATIONS, *BF16):
+        with using(implementation):
             indices = mk.nearest_code(x, codebook, metric=metric, mask=mask)
         assert indices.shape == x.shape[:-1] and torch.equal(indices, truth), implementation
 
