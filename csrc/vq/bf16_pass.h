@@ -55,8 +55,8 @@ inline float split(const float* values, int64_t dim, int parts, uint16_t* out) {
     for (int64_t d = n / lanes * lanes; d < n; ++d) partial[d % lanes] += rest[d] * rest[d];
     for (const float p : partial) left_out += p;
   }
-  // Roundings of the sum, and squares too small for fp32.
-  return std::sqrt(left_out) * 1.001f + std::sqrt(static_cast<float>(dim)) * 0x1p-62f;
+  // Roundings of the sum, at most dim / 4 + 32 for a term, and squares too small for fp32.
+  return std::sqrt(left_out) * (1.0005f + dim * 0x1p-26f) + std::sqrt(static_cast<float>(dim)) * 0x1p-62f;
 }
 
 // One row's or code's slots: the parts of its terms, the norm's three parts (1 for rows) if it rides along, zeros.

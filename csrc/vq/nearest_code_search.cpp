@@ -93,7 +93,14 @@ class Lookup {
       search_rows(start, std::min(rows_at_once, q_.x.count - start));
   }
 
-  Counters counters() const { return {rescored_tiles_, exact_values_, deferred_rows_, brute_rows_}; }
+  Counters counters() const {
+    Counters all = fp32_ == nullptr ? Counters{} : fp32_->counters();
+    all.rescored_tiles += rescored_tiles_;
+    all.exact_values += exact_values_;
+    all.deferred_rows += deferred_rows_;
+    all.brute_force_rows += brute_rows_;
+    return all;
+  }
 
  private:
   friend class Worker;
@@ -263,7 +270,7 @@ class Worker {
       if (l_.many_ties_.load(std::memory_order_relaxed)) return;  // the pass starts over
       for (int64_t i = 0; i < n; ++i) {
         if (contests_[i].deferred) {
-          deferred_.push_back(rows[first + i]);
+          if (state == nullptr || !state[first + i].deferred) deferred_.push_back(rows[first + i]);
           if (state != nullptr) state[first + i].deferred = true;
           continue;
         }

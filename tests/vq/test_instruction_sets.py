@@ -91,7 +91,7 @@ def test_rows_that_bf16_cannot_decide_are_left_to_fp32(panels, instruction_set):
     x = torch.cat([codebook[:300] + 1e-5 * randn(300, dim, seed=3).float(), randn(700, dim, seed=4).float()])
     codebook[-5:] = x[-5:]
     indices, counters = lookup(x, codebook, "l2", instruction_set)
-    assert counters["deferred_rows"] >= 300 and counters["brute_force_rows"] == 0
+    assert 300 <= counters["deferred_rows"] <= len(x) and counters["brute_force_rows"] == 0
     assert torch.equal(indices, lookup(x, codebook, "l2", "scalar")[0])
     few = torch.cat([torch.arange(0, 300, 25), torch.arange(995, 1000)])
     assert torch.equal(indices[few], reference.nearest_code(x[few], codebook, None, "l2", "exact"))
