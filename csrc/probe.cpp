@@ -24,7 +24,7 @@ InstructionSet by_name(const std::string& wanted) {
       if (!supported(set)) throw py::value_error("this CPU does not have " + wanted);
       return set;
     }
-  throw py::value_error("instruction set must be scalar, scalar_bf16, avx2, avx512 or amx, got '" + wanted + "'");
+  throw py::value_error("instruction set must be scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni or amx, got '" + wanted + "'");
 }
 
 std::vector<std::string> instruction_sets() {

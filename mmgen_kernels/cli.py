@@ -21,7 +21,7 @@ from mmgen_kernels import backends, battery
 
 # In order, as far as the C++ part or what it may grow into can use them. Linux names.
 CPU_FLAGS = (
-    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
     *("asimd", "asimdhp", "bf16", "sve"),
 )

@@ -33,19 +33,22 @@ bool supported(InstructionSet set) {
   switch (set) {
     case InstructionSet::scalar:
     case InstructionSet::scalar_bf16:
+    case InstructionSet::scalar_int16:
       return true;
     case InstructionSet::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     case InstructionSet::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case InstructionSet::avx512_vnni:
+      return __builtin_cpu_supports("avx512vnni") && supported(InstructionSet::avx512);
     case InstructionSet::amx: {
       static const bool permitted = amx_permitted();
-      return permitted && supported(InstructionSet::avx512);
+      return permitted && supported(InstructionSet::avx512_vnni);
     }
   }
 #endif
-  return set == InstructionSet::scalar || set == InstructionSet::scalar_bf16;
+  return set == InstructionSet::scalar || set == InstructionSet::scalar_bf16 || set == InstructionSet::scalar_int16;
 }
 
 bool selected_by_name() {
@@ -54,8 +57,8 @@ bool selected_by_name() {
 }
 
 InstructionSet selected() {
-  constexpr InstructionSet best_first[] = {InstructionSet::amx, InstructionSet::avx512, InstructionSet::avx2,
-                                           InstructionSet::scalar};
+  constexpr InstructionSet best_first[] = {InstructionSet::amx, InstructionSet::avx512_vnni, InstructionSet::avx512,
+                                           InstructionSet::avx2, InstructionSet::scalar};
   if (selected_by_name()) {
     const std::string wanted = std::getenv("MMGEN_KERNELS_CPU");
     for (InstructionSet set : all_instruction_sets) {
@@ -63,7 +66,7 @@ InstructionSet selected() {
       if (supported(set)) return set;
       throw std::runtime_error("MMGEN_KERNELS_CPU=" + wanted + ": this CPU does not have it");
     }
-    throw std::runtime_error("MMGEN_KERNELS_CPU must be scalar, scalar_bf16, avx2, avx512 or amx, got '" + wanted + "'");
+    throw std::runtime_error("MMGEN_KERNELS_CPU must be scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni or amx, got '" + wanted + "'");
   }
   static const InstructionSet best = [&] {
     for (InstructionSet set : best_first)

@@ -3,13 +3,14 @@
 
 namespace mmgen_kernels {
 
-// scalar_bf16 is amx's path in plain C++, for tests: never chosen unless named.
-enum class InstructionSet { scalar, scalar_bf16, avx2, avx512, amx };
-constexpr InstructionSet all_instruction_sets[] = {InstructionSet::scalar, InstructionSet::scalar_bf16, InstructionSet::avx2,
-                                                   InstructionSet::avx512, InstructionSet::amx};
+// scalar_bf16 and scalar_int16 are in plain C++ what amx and avx512_vnni do, for tests: never chosen unless named.
+enum class InstructionSet { scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni, amx };
+constexpr InstructionSet all_instruction_sets[] = {
+    InstructionSet::scalar, InstructionSet::scalar_bf16, InstructionSet::scalar_int16, InstructionSet::avx2,
+    InstructionSet::avx512, InstructionSet::avx512_vnni, InstructionSet::amx};
 
 inline const char* name(InstructionSet set) {
-  constexpr const char* names[] = {"scalar", "scalar_bf16", "avx2", "avx512", "amx"};
+  constexpr const char* names[] = {"scalar", "scalar_bf16", "scalar_int16", "avx2", "avx512", "avx512_vnni", "amx"};
   return names[static_cast<int>(set)];
 }
 

@@ -32,14 +32,14 @@ double ErrorBound::bound(double pass, double r, double n, double raw) const {
 
 double ErrorBound::operator()(double r, double n, double raw) const { return bound(pass_, r, n, raw); }
 
-void ErrorBound::use(const Slots& slots) {
-  bf16_pass_ = 1.06 * (32 * slots.steps + 8) * 0x1p-24;
-  dropped_term_ = slots.terms == 1 ? 0 : 1.05 * 0x1p-16;
+void ErrorBound::use(const CoarsePass& pass, const Units& units) {
+  coarse_pass_ = 1.06 * (std::max(pass.products(dim_), dim_) + 8) * 0x1p-24;
+  norm_rounding_ = pass.integers ? 0.51 * units.row * units.code : 0;
 }
 
-double ErrorBound::in_bf16(double r, double n, double raw, double row, double code) const {
+double ErrorBound::of_coarse(double r, double n, double raw, double row, double code) const {
   const double packed = l2_ ? 2 * n : n;  // codes are packed as -2c, or -c
-  return bound(bf16_pass_, r, n, raw) + 1.001 * (row * packed + (r + row) * code + dropped_term_ * r * packed);
+  return bound(coarse_pass_, r, n, raw) + 1.001 * (row * packed + (r + row) * code) + norm_rounding_;
 }
 
 Codebook::Codebook(const Rows& codes, Metric metric, const Kernels& kernels) : rows(codes), metric_(metric), kernels_(kernels) {
@@ -183,8 +183,8 @@ void Codebook::drop_duplicates() {
   arrange();
 }
 
-void Codebook::pack(int64_t first, int64_t last, double scale, float* out, float* norms, std::byte* bf16_tiles,
-                    float* left_out) const {
+void Codebook::pack(int64_t first, int64_t last, double scale, float* out, float* norms, const Units& units,
+                    std::byte* coarse_tiles, float* left_out) const {
   const int64_t width = kernels_.codes, dim = rows.dim;
   const bool l2 = metric_ == Metric::l2;
   const double factor = l2 ? -2 * scale : -scale, reach = far_away / scale;
@@ -206,9 +206,9 @@ void Codebook::pack(int64_t first, int64_t last, double scale, float* out, float
       norms[(t - first) * width + j] = possible ? static_cast<float>(norm_term < flushed * flushed ? 0 : norm_term) : never;
     }
     kernels_.interleave_codes(flat.data(), dim, out + (t - first) * width * dim);
-    if (kernels_.bf16 == nullptr) continue;
-    kernels_.bf16->pack_tile(flat.data(), norms + (t - first) * width, dim, bf16_tiles + (t - first) * kernels_.bf16->tile_bytes(dim),
-                             residuals.data());
+    if (kernels_.coarse == nullptr) continue;
+    kernels_.coarse->pack_tile(flat.data(), norms + (t - first) * width, dim, units,
+                               coarse_tiles + (t - first) * kernels_.coarse->tile_bytes(dim), residuals.data());
     left_out[t - first] = *std::max_element(residuals.begin(), residuals.end());
   }
 }

@@ -16,15 +16,15 @@ class ErrorBound {
   // r, n: norms of the row and of the code, in scaled units; raw: norm of the largest code before centring.
   double operator()(double r, double n, double raw) const;
 
-  // The same for a pass in bf16. row, code: the norms that bf16 left out of them as packed.
-  void use(const Slots& slots);
-  double in_bf16(double r, double n, double raw, double row, double code) const;
+  // The same for a coarse pass. row, code: the norms that it leaves out of them as packed.
+  void use(const CoarsePass& pass, const Units& units);
+  double of_coarse(double r, double n, double raw, double row, double code) const;
 
  private:
   double bound(double pass, double r, double n, double raw) const;
 
   bool l2_;
-  double pass_, value_, bf16_pass_ = 0, dropped_term_ = 0;
+  double pass_, value_, coarse_pass_ = 0, norm_rounding_ = 0;
   int64_t dim_;
 };
 
@@ -41,9 +41,10 @@ class Codebook {
   // Leaves equal codes out, all but the lowest of each: they tie exactly and the lowest wins.
   void drop_duplicates();
 
-  // Packs tiles [first, last) at `scale`; all outputs start at tile first. For a pass in bf16 its own tiles too, and what each
+  // Packs tiles [first, last) at `scale`; all outputs start at tile first. For a coarse pass its own tiles too, and what each
   // leaves out of its codes at most.
-  void pack(int64_t first, int64_t last, double scale, float* out, float* norms, std::byte* bf16_tiles, float* left_out) const;
+  void pack(int64_t first, int64_t last, double scale, float* out, float* norms, const Units& units, std::byte* coarse_tiles,
+            float* left_out) const;
 
   // The code at a position of the packed order, or -1 for padding.
   int64_t code_at(int64_t position) const {

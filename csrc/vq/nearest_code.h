@@ -25,37 +25,39 @@ struct Query {
 struct Counters {
   int64_t rescored_tiles = 0;   // tiles looked at again in fp32
   int64_t exact_values = 0;     // distances evaluated in fp64
-  int64_t deferred_rows = 0;    // left to the fp32 pass by the one in bf16
+  int64_t deferred_rows = 0;    // left to the fp32 pass by a coarse one
   int64_t brute_force_rows = 0;
 };
 
-// The selected instruction set, or a better one for this codebook if nobody named one.
-InstructionSet suited_to(const Rows& codebook);
+// The selected instruction set, or a better one for this problem if nobody named one.
+InstructionSet suited_to(const Rows& x, const Rows& codebook, bool exact);
 
 void nearest_code(const Query& query, InstructionSet set, Counters* counters = nullptr);
 
 // Smaller components are packed as zero: a product of two others is a normal number, and subnormal ones cost 100x.
 constexpr double flushed = 0x1p-62;
 
-// How the components of a row and of a code share a matrix tile's 32 products a step: each is split into `parts` numbers of
-// bf16, `terms` products of parts are kept, and if `norm`, three more products add the code's norm term.
-struct Slots {
-  int parts, terms;  // 1 and 1, or 2 and 3
-  int64_t steps;
-  bool norm;
+// Fixed-point units of a first pass in integers: a row's or a code's component v becomes round(v / unit).
+struct Units {
+  float row, code;
 };
 
-// A first pass in bf16. Panels and tiles are its own format; residuals bound the norms of what bf16 left out of each vector.
-struct Bf16Pass {
-  Slots (*slots)(int64_t dim);
+// A first pass that is coarser than fp32 and faster. Panels and tiles are its own format; residuals bound the norms of what it
+// leaves out of each vector.
+struct CoarsePass {
+  bool integers;                    // rows and codes must be shorter than `longest` times their unit
+  int64_t (*products)(int64_t dim);  // summed in fp32 for one score; 0: sums are exact
   int64_t (*panel_bytes)(int64_t dim);
   int64_t (*tile_bytes)(int64_t dim);
-  void (*pack_panel)(const float* flat, int64_t dim, std::byte* panel, float* residuals);
-  void (*pack_tile)(const float* flat, const float* norms, int64_t dim, std::byte* tile, float* residuals);
+  void (*pack_panel)(const float* flat, int64_t dim, const Units& units, std::byte* panel, float* residuals);
+  void (*pack_tile)(const float* flat, const float* norms, int64_t dim, const Units& units, std::byte* tile, float* residuals);
   // As Kernels::sweep, for several panels at once; minima of panel p start at p * minima_stride.
-  void (*sweep)(const std::byte* panels, int64_t panel_count, const std::byte* tiles, int64_t dim, int64_t count, float* minima,
-                int64_t minima_stride, float* row_minima);
+  void (*sweep)(const std::byte* panels, int64_t panel_count, const std::byte* tiles, int64_t dim, int64_t count,
+                const Units& units, float* minima, int64_t minima_stride, float* row_minima);
 };
+
+// The norm of an integer vector stays below it, so that products fit 16 bits and their sums 32.
+constexpr double longest = 32766;
 
 // The inner loops, one table per instruction set. A panel holds `rows` rows, at most 64, as [dim][rows]; a tile holds `codes`
 // codes as [dim][codes]. With codes packed as -2c and a norm term |c|^2, norm + x . packed is |x - c|^2 - |x|^2.
@@ -77,7 +79,7 @@ struct Kernels {
   // A panel of `rows` rows, and a tile of `codes` codes: (count, dim) to (dim, count).
   void (*interleave_rows)(const float* flat, int64_t dim, float* panel);
   void (*interleave_codes)(const float* flat, int64_t dim, float* tile);
-  // nullptr where there is a pass in bf16. minima[t][r] = the smallest score of row r in tile t; row_minima[r] = min(itself, those).
+  // nullptr where there is a coarse pass. minima[t][r] = the smallest score of row r in tile t; row_minima[r] = min(itself, those).
   void (*sweep)(const float* panel, const float* tiles, const float* norms, int64_t dim, int64_t count, float* minima,
                 float* row_minima);
   // The tiles t in which some row r has minima[t][r] <= thresholds[r], and a mask of those rows for each; returns how many.
@@ -85,13 +87,14 @@ struct Kernels {
   // scores[j] of one row with the codes of one tile; returns a mask of those <= limit. Reads up to one vector past the tile.
   uint32_t (*rescore)(const float* row, const float* tile, const float* norms, int64_t dim, float limit, float* scores);
 
-  const Bf16Pass* bf16;  // or nullptr: the first pass is `sweep`
+  const CoarsePass* coarse;  // or nullptr: the first pass is `sweep`
 };
 
-extern const Kernels scalar_kernels, scalar_bf16_kernels;
+extern const Kernels scalar_kernels, scalar_bf16_kernels, scalar_int16_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_vnni_kernels;
 extern const Kernels amx_kernels;
 #endif
 

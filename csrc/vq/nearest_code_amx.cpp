@@ -23,20 +23,20 @@ class Amx {
   Amx(const Amx&) = delete;
 
   void multiply(const std::byte* codes0, const std::byte* codes1, const std::byte* rows0, const std::byte* rows1,
-                const Slots& slots, float (*scores)[groups][lanes * lanes]) const {
-    if (slots.norm) {
+                int64_t steps, bool norm_rides_along, float (*scores)[groups][lanes * lanes]) const {
+    if (norm_rides_along) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
     } else {
-      const std::byte *norms0 = codes0 + slots.steps * step_bytes, *norms1 = codes1 + slots.steps * step_bytes;
+      const std::byte *norms0 = codes0 + steps * step_bytes, *norms1 = codes1 + steps * step_bytes;
       _tile_loadd(0, norms0, 64);
       _tile_loadd(1, norms0, 64);
       _tile_loadd(2, norms1, 64);
       _tile_loadd(3, norms1, 64);
     }
-    for (int64_t s = 0; s < slots.steps; ++s) {
+    for (int64_t s = 0; s < steps; ++s) {
       // Each load beside the product before it: tile registers are not renamed.
       _tile_loadd(4, codes0 + s * step_bytes, 64);
       _tile_loadd(6, rows0 + s * step_bytes, 64);

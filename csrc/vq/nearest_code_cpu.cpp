@@ -10,7 +10,7 @@ Tensor nearest_code_cpu(const Tensor& x, const Tensor& codebook, const std::opti
   Tensor indices = empty_like_with(x, leading_sizes(x), ScalarType::Long);
   std::optional<Tensor> valid;
   if (mask.has_value()) valid = torch::stable::contiguous(*mask);
-  const InstructionSet set = suited_to(codes.head(0));
+  const InstructionSet set = suited_to(rows.head(0), codes.head(0), precision == "exact");
   const int64_t count = rows.first.count;
   for (int64_t h = 0; h < rows.heads; ++h) {
     const bool* head_mask = valid ? static_cast<const bool*>(valid->const_data_ptr()) + h * count : nullptr;

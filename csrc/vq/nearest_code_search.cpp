@@ -4,6 +4,7 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -23,7 +24,7 @@ constexpr int64_t panel_bytes = 8 << 20;        // packed codes shared by the th
 constexpr int64_t panel_codes = 24 * 1024;      // bounds the tile minima: 8 KiB per row at 12 codes a tile
 constexpr int64_t sub_panel_bytes = 256 << 10;  // stays in L2 while every panel of a block of rows passes
 constexpr int64_t block_bytes = 512 << 10;      // rows of a block; twice as much for their tile minima
-constexpr int64_t l1_bytes = 32 << 10;          // of bf16 rows, beside two tiles of codes
+constexpr int64_t l1_bytes = 32 << 10;          // of a coarse pass's rows, beside two tiles of codes
 constexpr int64_t block_rows = 144;
 constexpr int class_width = 40;                 // log2 of the magnitudes that share one scale
 constexpr float never = 3e38f;                  // above every score
@@ -47,15 +48,26 @@ enum RowClass : int8_t { settled = 127, zero = 126, brute = 125 };
 const Kernels& kernels_of(InstructionSet set) {
 #if defined(__x86_64__)
   if (set == InstructionSet::amx) return amx_kernels;
+  if (set == InstructionSet::avx512_vnni) return avx512_vnni_kernels;
   if (set == InstructionSet::avx512) return avx512_kernels;
   if (set == InstructionSet::avx2) return avx2_kernels;
 #endif
-  return set == InstructionSet::scalar_bf16 ? scalar_bf16_kernels : scalar_kernels;
+  if (set == InstructionSet::scalar_bf16) return scalar_bf16_kernels;
+  if (set == InstructionSet::scalar_int16) return scalar_int16_kernels;
+  return scalar_kernels;
 }
 
-// What takes the rows for which bf16 decides too little.
+// What takes the rows for which a coarse pass decides too little.
 InstructionSet fp32_of(InstructionSet set) {
-  return set == InstructionSet::amx ? InstructionSet::avx512 : InstructionSet::scalar;
+  const bool avx512 = set == InstructionSet::amx || set == InstructionSet::avx512_vnni;
+  return avx512 ? InstructionSet::avx512 : InstructionSet::scalar;
+}
+
+// Of a pass in integers, in scaled units: room for rows of norm 8 and codes of 8 where the codes' root mean square is in [1, 2),
+// and for both of 2 where rows are scaled by themselves. Sums then stay below 1.5 * 2^30.
+Units units_of(Metric metric) {
+  if (metric == Metric::l2) return {0x1p-12f, 0x1p-11f};
+  return {0x1p-14f, 0x1p-14f};
 }
 
 float round_up(double x) { return std::nextafter(static_cast<float>(x), std::numeric_limits<float>::max()); }
@@ -69,12 +81,12 @@ struct Panel {
   struct Part {
     int64_t tile, tiles;  // relative to the panel
     const Segment* segment;
-    double left_out;  // by bf16, of any of its codes at most
+    double left_out;  // by the coarse pass, of any of its codes at most
   };
   int64_t first_tile, tiles;
   const float* packed;
   const float* norms;
-  const std::byte* bf16_tiles;
+  const std::byte* coarse_tiles;
   std::vector<Part> parts;
 };
 
@@ -82,9 +94,9 @@ class Lookup {
  public:
   Lookup(const Query& query, InstructionSet set)
       : q_(query), set_(set), k_(kernels_of(set)), dim_(query.x.dim), l2_(query.metric == Metric::l2), codebook_(query.codebook, query.metric, k_),
-        error_(query.metric, query.x.dim) {
+        error_(query.metric, query.x.dim), units_(units_of(query.metric)) {
     brute_force_all_ = codebook_.extreme || !codebook_.any_finite || (!codebook_.all_finite && !l2_);
-    if (k_.bf16 != nullptr) error_.use(k_.bf16->slots(dim_));
+    if (k_.coarse != nullptr) error_.use(*k_.coarse, units_);
     anchor_ = exponent(l2_ ? codebook_.root_mean_square : codebook_.largest_norm);
   }
 
@@ -171,12 +183,27 @@ class Lookup {
   // the codebook and the class starts over: at most once per call.
   void search_class(const std::vector<int64_t>& rows, int row_class) {
     scale_ = std::ldexp(1.0, -(anchor_ + class_width * row_class));
-    if (!pass(rows)) {
+    const std::vector<int64_t> suited = suited_to_pass(rows, row_class);
+    if (!suited.empty() && !pass(suited)) {
       codebook_.drop_duplicates();
       duplicates_dropped_ = true;
-      pass(rows);
+      pass(suited);
     }
+    if (suited.size() < rows.size()) std::set_difference(rows.begin(), rows.end(), suited.begin(), suited.end(), std::back_inserter(deferred_));
     if (!deferred_.empty()) search_deferred(row_class);
+  }
+
+  // Rows, ascending, that the pass can hold: all of them, unless it is one in integers.
+  std::vector<int64_t> suited_to_pass(const std::vector<int64_t>& rows, int row_class) const {
+    if (k_.coarse == nullptr || !k_.coarse->integers) return rows;
+    const double packed = l2_ ? 2 * codebook_.largest_norm : codebook_.largest_norm;
+    if (row_class != 0 || !(packed * scale_ < longest * units_.code)) return {};
+    if (!l2_) return rows;
+    std::vector<int64_t> suited;
+    const double reach = longest * units_.row / scale_;
+    for (const int64_t row : rows)
+      if (squared_[row - first_row_] < reach * reach) suited.push_back(row);
+    return suited;
   }
 
   void search_deferred(int row_class) {
@@ -199,6 +226,7 @@ class Lookup {
   const bool l2_;
   Codebook codebook_;
   ErrorBound error_;
+  const Units units_;
   std::vector<double> squared_;  // of rows from first_row_ on
   int64_t first_row_ = 0;
   double scale_ = 1;
@@ -217,10 +245,10 @@ class Worker {
  public:
   Worker(Lookup& lookup, const Panel& panel, const std::vector<int64_t>& rows, int64_t block, Candidate* state)
       : l_(lookup), k_(lookup.k_), dim_(lookup.dim_), panel_(panel), all_rows_(rows), block_(block), state_(state),
-        panels_(k_.bf16 ? 0 : block * dim_), bf16_panels_(k_.bf16 ? block / k_.rows * k_.bf16->panel_bytes(dim_) / sizeof(float) : 0),
-        left_out_(block), flat_(block * dim_), norms_(block), floors_(block), minima_(block * panel.tiles),
+        panels_(k_.coarse ? 0 : block * dim_),
+        coarse_panels_(k_.coarse ? block / k_.rows * k_.coarse->panel_bytes(dim_) / sizeof(float) : 0), left_out_(block), flat_(block * dim_), norms_(block), floors_(block), minima_(block * panel.tiles),
         row_minima_(block * panel.parts.size()), thresholds_(k_.rows), limits_(k_.rows),
-        seen_(k_.bf16 ? k_.rows * panel.parts.size() : 0), found_(panel.tiles), masks_(panel.tiles), row_(dim_), contests_(k_.rows) {}
+        seen_(k_.rows), found_(panel.tiles), masks_(panel.tiles), row_(dim_), contests_(k_.rows) {}
 
   ~Worker() {
     l_.rescored_tiles_ += rescored_tiles_;
@@ -252,9 +280,9 @@ class Worker {
     const int64_t width = k_.rows, panels = round_to(count, width) / width;
     pack_rows(rows, count, panels * width);
     std::fill(row_minima_.begin(), row_minima_.end(), never);
-    if (k_.bf16 != nullptr) sweep_bf16(panels);
+    if (k_.coarse != nullptr) sweep_coarse(panels);
     const int64_t sub_tiles = std::max<int64_t>(1, sub_panel_bytes / (k_.codes * dim_ * int64_t{sizeof(float)}));
-    for (size_t s = 0; k_.bf16 == nullptr && s < panel_.parts.size(); ++s) {
+    for (size_t s = 0; k_.coarse == nullptr && s < panel_.parts.size(); ++s) {
       const Panel::Part& part = panel_.parts[s];
       for (int64_t t = part.tile; t < part.tile + part.tiles; t += sub_tiles)
         for (int64_t p = 0; p < panels; ++p)
@@ -265,8 +293,10 @@ class Worker {
     for (int64_t first = 0; first < count; first += width) {
       const int64_t n = std::min(width, count - first);
       for (int64_t i = 0; i < n; ++i) start(contests_[i], first + i, state == nullptr ? Candidate{} : state[first + i]);
-      if (k_.bf16 != nullptr) look_at_lowest(rows, first, n);
-      for (size_t s = 0; s < panel_.parts.size() && (k_.bf16 == nullptr || l_.q_.exact); ++s) select(s, rows, first, n);
+      for (size_t s = 0; s < panel_.parts.size(); ++s) {
+        if (k_.coarse == nullptr) select(s, rows, first, n);
+        else select_coarse(s, rows, first, n);
+      }
       if (l_.many_ties_.load(std::memory_order_relaxed)) return;  // the pass starts over
       for (int64_t i = 0; i < n; ++i) {
         if (contests_[i].deferred) {
@@ -283,8 +313,8 @@ class Worker {
 
   // Of the pass, for any code of the part.
   double largest_error(int64_t i, const Panel::Part& part) const {
-    if (k_.bf16 == nullptr) return largest_fp32_error(i, part);
-    return l_.error_.in_bf16(norms_[i], largest_norm(part), raw_norm(), left_out_[i], part.left_out);
+    if (k_.coarse == nullptr) return largest_fp32_error(i, part);
+    return l_.error_.of_coarse(norms_[i], largest_norm(part), raw_norm(), left_out_[i], part.left_out);
   }
   double largest_fp32_error(int64_t i, const Panel::Part& part) const {
     return l_.error_(norms_[i], largest_norm(part), raw_norm());
@@ -308,33 +338,87 @@ class Worker {
     }
   }
 
-  // Before the tiles that bf16 cannot tell apart are looked at: the one that gave the minimum, in fp32. It brings the upper
-  // bound of the winner's score down by about the error of bf16. Without the fp64 comparison that is all.
-  void look_at_lowest(const int64_t* rows, int64_t first, int64_t n) {
-    const int64_t width = k_.rows;
-    std::fill(seen_.begin(), seen_.end(), -1);
-    for (size_t s = 0; s < panel_.parts.size(); ++s) {
-      const Panel::Part& part = panel_.parts[s];
-      std::fill(thresholds_.begin(), thresholds_.end(), -never);
-      for (int64_t i = 0; i < n; ++i) {
-        const float lowest = row_minima_[s * block_ + first + i];
-        limits_[i] = possible;
-        if (contests_[i].deferred || lowest > possible || lowest - largest_error(first + i, part) > contests_[i].upper) continue;
-        if (!l_.q_.exact && lowest > lowest_of(first + i)) continue;
-        thresholds_[i] = lowest;
-        if (l_.q_.exact) limits_[i] = round_up(contests_[i].upper + largest_fp32_error(first + i, part));
-      }
-      const int64_t found = k_.compare(&minima_[(first / width * panel_.tiles + part.tile) * width], part.tiles,
-                                       thresholds_.data(), found_.data(), masks_.data());
-      for (int64_t f = 0; f < found; ++f)
-        for (uint64_t mask = masks_[f]; mask != 0; mask &= mask - 1) {
-          const int i = __builtin_ctzll(mask);
-          int32_t& seen = seen_[s * width + i];
-          if (seen >= 0) continue;
-          seen = found_[f];
-          rescore(part.tile + seen, first + i, rows[first + i], contests_[i], k_.codes);
-        }
+  // Rescores the tiles of part s that may hold the nearest code of rows [first, first + n).
+  void select(size_t s, const int64_t* rows, int64_t first, int64_t n) {
+    const Panel::Part& part = panel_.parts[s];
+    std::fill(thresholds_.begin(), thresholds_.end(), -never);
+    for (int64_t i = 0; i < n; ++i) {
+      if (row_minima_[s * block_ + first + i] > possible || vanishes(part, rows, first, i)) continue;
+      thresholds_[i] = round_up(contests_[i].upper + largest_error(first + i, part));
+      limits_[i] = std::min(possible, thresholds_[i]);
     }
+    const int64_t found = compare(part, first);
+    for (int64_t f = 0; f < found; ++f)
+      for (uint64_t mask = masks_[f]; mask != 0; mask &= mask - 1) {
+        const int i = __builtin_ctzll(mask);
+        rescore(part.tile + found_[f], first + i, rows[first + i], contests_[i], k_.codes);
+        if (l_.many_ties_.load(std::memory_order_relaxed)) return;
+      }
+  }
+
+  // The same after a coarse pass. The tile that gave a row's minimum goes first: its codes in fp32 bring the upper bound of the
+  // winner's score down by about the error of the coarse pass, and half of the other tiles need no second look. Without the
+  // fp64 comparison that first tile is all.
+  void select_coarse(size_t s, const int64_t* rows, int64_t first, int64_t n) {
+    const Panel::Part& part = panel_.parts[s];
+    const float* lowest = &row_minima_[s * block_ + first];
+    std::fill(thresholds_.begin(), thresholds_.end(), -never);
+    for (int64_t i = 0; i < n; ++i) {
+      if (lowest[i] > possible || contests_[i].deferred || vanishes(part, rows, first, i)) continue;
+      if (!l_.q_.exact) {
+        if (lowest[i] > lowest_of(first + i)) continue;
+        thresholds_[i] = lowest[i];
+        limits_[i] = possible;
+        continue;
+      }
+      set_limits(first, i, part);
+    }
+    const int64_t found = compare(part, first);
+    int64_t open = 0;
+    for (int64_t f = 0; f < found; ++f) open += std::popcount(masks_[f]);
+    if (open > too_many() * n) {
+      for (int64_t i = 0; i < n; ++i) contests_[i].deferred = true;
+      return;
+    }
+    const float* minima = &minima_[(first / k_.rows * panel_.tiles + part.tile) * k_.rows];
+    std::fill(seen_.begin(), seen_.end(), -1);
+    for (int64_t f = 0; f < found; ++f)
+      for (uint64_t mask = masks_[f]; mask != 0; mask &= mask - 1) {
+        const int i = __builtin_ctzll(mask);
+        if (seen_[i] >= 0 || minima[found_[f] * k_.rows + i] > lowest[i]) continue;
+        seen_[i] = found_[f];
+        rescore(part.tile + found_[f], first + i, rows[first + i], contests_[i], k_.codes);
+      }
+    if (!l_.q_.exact) return;
+    for (int64_t i = 0; i < n; ++i)
+      if (thresholds_[i] > -never) set_limits(first, i, part);
+    for (int64_t f = 0; f < found; ++f)
+      for (uint64_t mask = masks_[f]; mask != 0; mask &= mask - 1) {
+        const int i = __builtin_ctzll(mask);
+        if (found_[f] == seen_[i] || minima[found_[f] * k_.rows + i] > thresholds_[i]) continue;
+        contests_[i].deferred |= ++contests_[i].tiles > too_many();
+        if (contests_[i].deferred) continue;
+        rescore(part.tile + found_[f], first + i, rows[first + i], contests_[i], k_.codes);
+        if (l_.many_ties_.load(std::memory_order_relaxed)) return;
+      }
+  }
+
+  void set_limits(int64_t first, int64_t i, const Panel::Part& part) {
+    thresholds_[i] = round_up(contests_[i].upper + largest_error(first + i, part));
+    limits_[i] = std::min(possible, round_up(contests_[i].upper + largest_fp32_error(first + i, part)));
+  }
+
+  int64_t compare(const Panel::Part& part, int64_t first) {
+    return k_.compare(&minima_[(first / k_.rows * panel_.tiles + part.tile) * k_.rows], part.tiles, thresholds_.data(), found_.data(),
+                      masks_.data());
+  }
+
+  // Whether x - c rounds to x for every code of the part: they tie exactly, and the first of them, the lowest, enters the contest.
+  bool vanishes(const Panel::Part& part, const int64_t* rows, int64_t first, int64_t i) {
+    if (!(part.segment->largest_norm <= floors_[first + i]) || !l_.codebook_.all_finite) return false;
+    limits_[i] = possible;
+    rescore(part.tile, first + i, rows[first + i], contests_[i], 1);
+    return true;
   }
 
   float lowest_of(int64_t i) const {
@@ -343,61 +427,22 @@ class Worker {
     return lowest;
   }
 
-  // Rescores the tiles of part s that may hold the nearest code of rows [first, first + n).
-  void select(size_t s, const int64_t* rows, int64_t first, int64_t n) {
-    const Panel::Part& part = panel_.parts[s];
-    const int64_t width = k_.rows;
-    std::fill(thresholds_.begin(), thresholds_.end(), -never);
-    for (int64_t i = 0; i < n; ++i) {
-      if (row_minima_[s * block_ + first + i] > possible || contests_[i].deferred) continue;
-      if (part.segment->largest_norm <= floors_[first + i] && l_.codebook_.all_finite) {
-        // x - c rounds to x for every code of the segment: they tie exactly, and the first of them is the lowest.
-        limits_[i] = possible;
-        rescore(part.tile, first + i, rows[first + i], contests_[i], 1);
-        continue;
-      }
-      thresholds_[i] = round_up(contests_[i].upper + largest_error(first + i, part));
-      limits_[i] = std::min(possible, k_.bf16 == nullptr ? thresholds_[i]
-                                                         : round_up(contests_[i].upper + largest_fp32_error(first + i, part)));
-    }
-    const int64_t found = k_.compare(&minima_[(first / width * panel_.tiles + part.tile) * width], part.tiles, thresholds_.data(),
-                                     found_.data(), masks_.data());
-    if (k_.bf16 != nullptr) {
-      int64_t tiles = 0;
-      for (int64_t f = 0; f < found; ++f) tiles += std::popcount(masks_[f]);
-      if (tiles > too_many() * n) {
-        for (int64_t i = 0; i < n; ++i) contests_[i].deferred = true;
-        return;
-      }
-    }
-    for (int64_t f = 0; f < found; ++f)
-      for (uint64_t mask = masks_[f]; mask != 0; mask &= mask - 1) {
-        const int i = __builtin_ctzll(mask);
-        if (k_.bf16 != nullptr) {
-          contests_[i].deferred |= ++contests_[i].tiles > too_many();
-          if (contests_[i].deferred || seen_[s * width + i] == found_[f]) continue;
-        }
-        rescore(part.tile + found_[f], first + i, rows[first + i], contests_[i], k_.codes);
-        if (l_.many_ties_.load(std::memory_order_relaxed)) return;
-      }
-  }
-
   // Tiles of one row in one panel whose second look costs about half of the fp32 pass over the whole panel: looking at a tile
   // again takes some 60 + dim cycles, its share of the pass dim / 2.
   int64_t too_many() const { return std::max<int64_t>(16, panel_.tiles * dim_ / (4 * (dim_ + 60))); }
 
-  void sweep_bf16(int64_t panels) {
-    const Bf16Pass& pass = *k_.bf16;
+  void sweep_coarse(int64_t panels) {
+    const CoarsePass& pass = *k_.coarse;
     const int64_t width = k_.rows, panel_size = pass.panel_bytes(dim_), tile_size = pass.tile_bytes(dim_);
-    const auto* packed = reinterpret_cast<const std::byte*>(bf16_panels_.data());
+    const auto* packed = reinterpret_cast<const std::byte*>(coarse_panels_.data());
     const int64_t sub_tiles = std::max<int64_t>(2, sub_panel_bytes / tile_size / 2 * 2);
     const int64_t in_l1 = std::max<int64_t>(1, l1_bytes / panel_size);
     for (size_t s = 0; s < panel_.parts.size(); ++s) {
       const Panel::Part& part = panel_.parts[s];
       for (int64_t t = part.tile; t < part.tile + part.tiles; t += sub_tiles)
         for (int64_t p = 0; p < panels; p += in_l1)
-          pass.sweep(packed + p * panel_size, std::min(in_l1, panels - p), panel_.bf16_tiles + t * tile_size, dim_,
-                     std::min(sub_tiles, part.tile + part.tiles - t), &minima_[(p * panel_.tiles + t) * width],
+          pass.sweep(packed + p * panel_size, std::min(in_l1, panels - p), panel_.coarse_tiles + t * tile_size, dim_,
+                     std::min(sub_tiles, part.tile + part.tiles - t), l_.units_, &minima_[(p * panel_.tiles + t) * width],
                      panel_.tiles * width, &row_minima_[s * block_ + p * width]);
     }
   }
@@ -417,11 +462,11 @@ class Worker {
       }
     }
     for (int64_t i = 0; i < padded; i += k_.rows) {
-      if (k_.bf16 == nullptr) {
+      if (k_.coarse == nullptr) {
         k_.interleave_rows(&flat_[i * dim_], dim_, &panels_[i * dim_]);
       } else {
-        auto* panels = reinterpret_cast<std::byte*>(bf16_panels_.data());
-        k_.bf16->pack_panel(&flat_[i * dim_], dim_, panels + i / k_.rows * k_.bf16->panel_bytes(dim_), &left_out_[i]);
+        auto* panels = reinterpret_cast<std::byte*>(coarse_panels_.data());
+        k_.coarse->pack_panel(&flat_[i * dim_], dim_, l_.units_, panels + i / k_.rows * k_.coarse->panel_bytes(dim_), &left_out_[i]);
       }
     }
   }
@@ -489,14 +534,14 @@ class Worker {
   const int64_t block_;
   Candidate* const state_;
   Scratch panels_;                      // [panel][dim][row]
-  Scratch bf16_panels_, left_out_;      // the same for a pass in bf16, and what it leaves out of each row
+  Scratch coarse_panels_, left_out_;      // the same for a coarse pass, and what it leaves out of each row
   Scratch flat_;                        // [row][dim]
   std::vector<double> norms_, floors_;  // per row
   Scratch minima_;                      // [panel][tile][row]
   std::vector<float> row_minima_;       // [part][row]
   std::vector<float> thresholds_;       // per row of one panel: of its tiles' minima
   std::vector<float> limits_;           // and of the scores of a second look
-  std::vector<int32_t> seen_;           // [part][row]: the tile that was looked at first
+  std::vector<int32_t> seen_;           // the tile that was looked at first
   std::vector<int32_t> found_;
   std::vector<uint64_t> masks_;
   std::vector<double> row_;
@@ -510,9 +555,9 @@ bool Lookup::pass(const std::vector<int64_t>& rows) {
   const int64_t tile_bytes = k_.codes * dim_ * int64_t{sizeof(float)};
   const int64_t tiles_at_once = std::clamp<int64_t>(std::min(panel_bytes / tile_bytes, panel_codes / k_.codes), 1, tiles);
   Scratch packed(tiles_at_once * k_.codes * dim_ + 64), norms(tiles_at_once * k_.codes + 64);
-  const int64_t bf16_tile = k_.bf16 == nullptr ? 0 : k_.bf16->tile_bytes(dim_);
-  Scratch bf16_packed(tiles_at_once * bf16_tile / int64_t{sizeof(float)}), left_out(tiles_at_once);
-  auto* bf16_tiles = reinterpret_cast<std::byte*>(bf16_packed.data());
+  const int64_t coarse_tile = k_.coarse == nullptr ? 0 : k_.coarse->tile_bytes(dim_);
+  Scratch coarse_packed(tiles_at_once * coarse_tile / int64_t{sizeof(float)}), left_out(tiles_at_once);
+  auto* coarse_tiles = reinterpret_cast<std::byte*>(coarse_packed.data());
 
   const int64_t threads = torch::stable::get_num_threads(), row_bytes = dim_ * int64_t{sizeof(float)};
   int64_t block = std::min({block_rows, block_bytes / row_bytes, 2 * block_bytes / (tiles_at_once * int64_t{sizeof(float)})});
@@ -520,16 +565,16 @@ bool Lookup::pass(const std::vector<int64_t>& rows) {
 
   std::vector<Candidate> state(tiles_at_once == tiles ? 0 : count);
   for (int64_t first = 0; first < tiles; first += tiles_at_once) {
-    Panel panel{first, std::min(tiles_at_once, tiles - first), packed.data(), norms.data(), bf16_tiles, {}};
+    Panel panel{first, std::min(tiles_at_once, tiles - first), packed.data(), norms.data(), coarse_tiles, {}};
     for (const Segment& s : codebook_.segments) {
       const int64_t begin = std::max(s.first_tile, first), end = std::min(s.first_tile + s.tiles, first + panel.tiles);
       if (begin < end) panel.parts.push_back({begin - first, end - begin, &s, 0.0});
     }
     parallel(panel.tiles, k_.codes * dim_, [&](int64_t begin, int64_t end) {
-      codebook_.pack(first + begin, first + end, scale_, &packed[begin * k_.codes * dim_], &norms[begin * k_.codes],
-                     bf16_tiles + begin * bf16_tile, &left_out[begin]);
+      codebook_.pack(first + begin, first + end, scale_, &packed[begin * k_.codes * dim_], &norms[begin * k_.codes], units_,
+                     coarse_tiles + begin * coarse_tile, &left_out[begin]);
     });
-    if (k_.bf16 != nullptr)
+    if (k_.coarse != nullptr)
       for (Panel::Part& part : panel.parts)
         part.left_out = *std::max_element(&left_out[part.tile], &left_out[part.tile] + part.tiles);
     parallel_on_demand((count + block - 1) / block,
@@ -546,13 +591,22 @@ bool Lookup::pass(const std::vector<int64_t>& rows) {
 
 }  // namespace
 
-// Matrix tiles take the same time for 1 to 9 dimensions, and packing for them pays only where many codes follow. fp32 against AMX
-// on a Xeon with two threads, ms: 32768x8192x3 15.7, 28.8; 16384x16384x8 21.8, 18.5; 2376x1024x8 0.37, 0.58; 65536x256x32 10.3,
-// 10.6; 4096x4096x12 2.2, 1.8; 8192x1024x64 5.4, 2.3; 4096x8192x256 84, 25.
-InstructionSet suited_to(const Rows& codebook) {
+// A coarse pass packs the codebook twice and takes the same time for 1 to 32 (AMX) dimensions. One Xeon, ms:
+//   32768x8192x3   fp32 15.7, AMX 28.8     4096x8192x4  fp32 5.0, VNNI 5.7     480x16384x8  fp32 2.3, VNNI 3.1
+//   8192x16384x8   fp32 25.0, VNNI 21.2, AMX 21.7           4096x8192x16  fp32 10.6, VNNI 7.8, AMX 4.6
+//   65536x256x32   fp32 10.3, AMX 10.6     4096x4096x12 fp32 2.2, AMX 1.8      4096x8192x256  fp32 84, AMX 25
+InstructionSet suited_to(const Rows& x, const Rows& codebook, bool exact) {
   const InstructionSet set = selected();
-  if (set != InstructionSet::amx || selected_by_name()) return set;
-  return codebook.dim >= 8 && codebook.count * codebook.dim >= 32 * 1024 ? set : InstructionSet::avx512;
+  if (selected_by_name()) return set;
+  const int64_t dim = codebook.dim;
+  const bool many_codes = codebook.count * dim >= 32 * 1024;
+  if (set == InstructionSet::amx && dim >= 12 && many_codes) return set;
+  if (set == InstructionSet::amx || set == InstructionSet::avx512_vnni) {
+    // An index that is not exact must not depend on how many rows there are.
+    const bool packing_pays = !exact || x.count >= 1024;
+    return dim >= 6 && many_codes && packing_pays ? InstructionSet::avx512_vnni : InstructionSet::avx512;
+  }
+  return set;
 }
 
 void nearest_code(const Query& query, InstructionSet set, Counters* counters) {

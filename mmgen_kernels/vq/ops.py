@@ -38,8 +38,8 @@ def nearest_code(
 
     With ``precision="exact"`` the index is the one that the formula gives when it is evaluated in fp64, d ascending, a rounding
     after every multiplication and every addition, and the lowest index on equal values: the same from every implementation,
-    whatever the batch around the row. With "fast" it is the lowest index within the rounding of one pass, in
-    bf16 where the hardware multiplies matrices in it (docs/vq.md), else in fp32.
+    whatever the batch around the row. With "fast" it is the lowest index within the rounding of one pass in
+    fp32, or in what the hardware multiplies faster: bf16 or 16-bit integers (docs/vq.md).
 
     Args:
         x: (..., D), or (H, ..., D) for H heads; fp64, fp32, bf16 or fp16; any strides.

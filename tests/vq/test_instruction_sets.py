@@ -13,6 +13,7 @@ from mmgen_kernels.vq import ops, reference
 
 probe = pytest.importorskip("mmgen_kernels._probe", reason="built with MMGEN_KERNELS_PROBE=1")
 SETS = probe.instruction_sets()
+COARSE = ("scalar_bf16", "scalar_int16", "avx512_vnni", "amx")
 
 
 def lookup(x, codebook, metric, instruction_set, exact=True):
@@ -66,13 +67,13 @@ def test_sizes_of_several_panels_and_blocks():
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize(
-    ("data", "fp32_tiles", "bf16_tiles"),
+    ("data", "fp32_tiles", "coarse_tiles"),
     [("gaussian", 1.2, 1.5), ("normalised", 1.2, 1.5), ("offset", 1.5, 1.5), ("spread", 1.2, 1.5)],
 )
-def test_easy_data_is_certified_by_the_pass(data, fp32_tiles, bf16_tiles, instruction_set):
+def test_easy_data_is_certified_by_the_pass(data, fp32_tiles, coarse_tiles, instruction_set):
     x, codebook = fp32(data, 4096, 4096, 64)
     indices, counters = lookup(x, codebook, "l2", instruction_set)
-    tiles_per_row = bf16_tiles if instruction_set in ("amx", "scalar_bf16") else fp32_tiles
+    tiles_per_row = coarse_tiles if instruction_set in COARSE else fp32_tiles
     assert len(x) <= counters["rescored_tiles"] <= tiles_per_row * len(x)
     assert counters["deferred_rows"] == 0
     assert counters["exact_values"] <= 0.5 * len(x)
@@ -81,10 +82,10 @@ def test_easy_data_is_certified_by_the_pass(data, fp32_tiles, bf16_tiles, instru
     assert torch.equal(indices[few], reference.nearest_code(x[few], codebook, None, "l2", "exact"))
 
 
-@pytest.mark.parametrize("instruction_set", [s for s in SETS if s in ("amx", "scalar_bf16")])
+@pytest.mark.parametrize("instruction_set", [s for s in SETS if s in COARSE])
 @pytest.mark.parametrize("panels", (1, 2))
-def test_rows_that_bf16_cannot_decide_are_left_to_fp32(panels, instruction_set):
-    """Two clusters of codes that differ by less than bf16 resolves, and rows among them beside rows that are easy."""
+def test_rows_that_a_coarse_pass_cannot_decide_are_left_to_fp32(panels, instruction_set):
+    """Two clusters of codes that differ by less than bf16 or 16 bits resolve, and rows among them beside rows that are easy."""
     codes, dim = 13_000 * panels, 16
     centres = torch.where(torch.arange(codes) % 2 == 0, 1.0, -1.0)[:, None] * randn(1, dim, seed=1).float()
     codebook = centres + 1e-4 * randn(codes, dim, seed=2).float()
@@ -171,12 +172,13 @@ def test_named_by_the_environment(instruction_set):
 def test_unknown_name_in_the_environment():
     done = run("import torch, mmgen_kernels as mk; mk.nearest_code(torch.ones(1, 1), torch.ones(1, 1))", MMGEN_KERNELS_CPU="avx9")
     assert done.returncode == 1
-    assert "MMGEN_KERNELS_CPU must be scalar, scalar_bf16, avx2, avx512 or amx, got 'avx9'" in done.stderr.strip().splitlines()[-1]
+    allowed = "scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni or amx"
+    assert f"MMGEN_KERNELS_CPU must be {allowed}, got 'avx9'" in done.stderr.strip().splitlines()[-1]
 
 
 def test_unknown_names_of_the_probe():
     x = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="scalar, scalar_bf16, avx2, avx512 or amx, got 'sse'"):
+    with pytest.raises(ValueError, match="scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni or amx, got 'sse'"):
         lookup(x, x, "l2", "sse")
     assert probe.selected() in SETS
 

@@ -23,19 +23,23 @@ def instruction_sets():
     try:
         from mmgen_kernels import _probe
     except ImportError:
-        return ["scalar_bf16"]
+        return ["scalar_bf16", "scalar_int16"]
     return _probe.instruction_sets()
 
 
 IMPLEMENTATIONS = battery.implementations("nearest_code", torch.device("cpu"))
-# The C++ path once more with a first pass in bf16, which small codebooks do not get by themselves.
-BF16 = [name for name in ("scalar_bf16", "amx") if name in instruction_sets()] if "cpp" in IMPLEMENTATIONS else []
+# The C++ path once more with a coarse first pass, which small codebooks do not get by themselves.
+COARSE = [
+    name
+    for name in ("scalar_bf16", "scalar_int16", "avx512_vnni", "amx")
+    if "cpp" in IMPLEMENTATIONS and name in instruction_sets()
+]
 
 
 @contextmanager
 def using(implementation):
     """use_backend, or the C++ path by that instruction set."""
-    if implementation not in BF16:
+    if implementation not in COARSE:
         with mk.use_backend(implementation):
             yield
         return
@@ -44,7 +48,7 @@ def using(implementation):
         yield
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS, *BF16])
+@pytest.fixture(params=[*IMPLEMENTATIONS, *COARSE])
 def implementation(request):
     with using(request.param):
         yield request.param
@@ -131,7 +135,7 @@ def test_extremes_of_fp64(of_x, of_codes, metric):
     codebook[4] = randn(3, seed=3)
     x[5] = randn(3, seed=4)
     truth = by_hand(x, codebook, metric)
-    for implementation in (*IMPLEMENTATIONS, *BF16):
+    for implementation in (*IMPLEMENTATIONS, *COARSE):
         with using(implementation):
             assert torch.equal(mk.nearest_code(x, codebook, metric=metric), truth), implementation
 
@@ -198,7 +202,7 @@ def test_gaps_of_one_ulp(scale, offset, metric):
     ])  # fmt: skip
     truth = reference.nearest_code(x, codebook, None, metric, "exact")
     assert len(truth.unique()) > 5
-    for implementation in (*IMPLEMENTATIONS, *BF16):
+    for implementation in (*IMPLEMENTATIONS, *COARSE):
         with using(implementation):
             assert torch.equal(mk.nearest_code(x, codebook, metric=metric), truth), implementation
 
@@ -231,7 +235,7 @@ def test_shapes(leading, heads, codes, dim, dtypes, metric, layout, masked, grid
         x = x[..., :1].expand(x.shape)
     mask = randn(*shape, seed=seed + 2) > 0 if masked else None
     truth = reference.nearest_code(x.contiguous(), codebook.contiguous(), mask, metric, "exact")
-    for implementation in (*IMPLEMENTATIONS, *BF16):
+    for implementation in (*IMPLEMENTATIONS, *COARSE):
         with using(implementation):
             indices = mk.nearest_code(x, codebook, metric=metric, mask=mask)
         assert indices.shape == x.shape[:-1] and torch.equal(indices, truth), implementation
