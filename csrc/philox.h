@@ -10,9 +10,9 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define MMGEN_HOST_DEVICE __host__ __device__ __forceinline__
+#define PHILOX_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define MMGEN_HOST_DEVICE inline __attribute__((always_inline))
+#define PHILOX_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace mmgen_kernels::philox {
@@ -25,27 +25,27 @@ struct OneLane {
   using Float = float;
 
   // Of `a` the low 32 bits count.
-  static MMGEN_HOST_DEVICE Wide multiply(Wide a, uint32_t b) { return uint64_t{uint32_t(a)} * b; }
-  static MMGEN_HOST_DEVICE Float to_float(Int i) { return float(i); }
-  static MMGEN_HOST_DEVICE Float from_bits(Word bits) {
+  static PHILOX_HOST_DEVICE Wide multiply(Wide a, uint32_t b) { return uint64_t{uint32_t(a)} * b; }
+  static PHILOX_HOST_DEVICE Float to_float(Int i) { return float(i); }
+  static PHILOX_HOST_DEVICE Float from_bits(Word bits) {
     float f;
     memcpy(&f, &bits, sizeof f);
     return f;
   }
-  static MMGEN_HOST_DEVICE Word bits_of(Float f) {
+  static PHILOX_HOST_DEVICE Word bits_of(Float f) {
     uint32_t bits;
     memcpy(&bits, &f, sizeof bits);
     return bits;
   }
   // Two roundings.
-  static MMGEN_HOST_DEVICE Float multiply_add(Float a, Float b, Float c) {
+  static PHILOX_HOST_DEVICE Float multiply_add(Float a, Float b, Float c) {
 #if defined(__CUDA_ARCH__)
     return __fadd_rn(__fmul_rn(a, b), c);  // nvcc would contract a * b + c
 #else
     return a * b + c;
 #endif
   }
-  static MMGEN_HOST_DEVICE Float root(Float f) {
+  static PHILOX_HOST_DEVICE Float root(Float f) {
 #if defined(__CUDA_ARCH__)
     return __fsqrt_rn(f);
 #else
@@ -56,7 +56,7 @@ struct OneLane {
 
 // The four words of the block `counter`, each in the low 32 bits of its lane; what is above them is left over.
 template <class Ops>
-MMGEN_HOST_DEVICE void block(uint64_t seed, typename Ops::Wide counter, typename Ops::Wide (&words)[4]) {
+PHILOX_HOST_DEVICE void block(uint64_t seed, typename Ops::Wide counter, typename Ops::Wide (&words)[4]) {
   constexpr uint32_t multiplier_0 = 0xD2511F53u, multiplier_1 = 0xCD9E8D57u;
   constexpr uint32_t weyl_0 = 0x9E3779B9u, weyl_1 = 0xBB67AE85u;
   uint32_t key_0 = uint32_t(seed), key_1 = uint32_t(seed >> 32);
@@ -76,7 +76,7 @@ MMGEN_HOST_DEVICE void block(uint64_t seed, typename Ops::Wide counter, typename
 
 // first + x (second + x (third + ...))
 template <class Ops, class... Rest>
-MMGEN_HOST_DEVICE typename Ops::Float polynomial(typename Ops::Float x, float first, float second, Rest... rest) {
+PHILOX_HOST_DEVICE typename Ops::Float polynomial(typename Ops::Float x, float first, float second, Rest... rest) {
   if constexpr (sizeof...(rest) == 0) return Ops::multiply_add(x, second, first);
   else return Ops::multiply_add(x, polynomial<Ops>(x, second, rest...), first);
 }
@@ -84,7 +84,7 @@ MMGEN_HOST_DEVICE typename Ops::Float polynomial(typename Ops::Float x, float fi
 // R cos(2 pi v) and R sin(2 pi v) with R = sqrt(-2 ln u), u = (radius + 1/2) / 2^32, v = (angle + 1/2) / 2^32, to a few ulp of
 // those exact values: u and v are never rounded to fp32 where that would cost relative accuracy of the result.
 template <class Ops>
-MMGEN_HOST_DEVICE void box_muller(typename Ops::Word radius, typename Ops::Word angle, typename Ops::Float& cosine,
+PHILOX_HOST_DEVICE void box_muller(typename Ops::Word radius, typename Ops::Word angle, typename Ops::Float& cosine,
                                   typename Ops::Float& sine) {
   using Float = typename Ops::Float;
   using Int = typename Ops::Int;

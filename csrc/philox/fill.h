@@ -20,10 +20,10 @@ struct Vectors {
   using Int __attribute__((vector_size(WIDTH * 4))) = int32_t;
   using Float __attribute__((vector_size(WIDTH * 4))) = float;
 
-  static MMGEN_HOST_DEVICE Float from_bits(Word bits) { return (Float)bits; }
-  static MMGEN_HOST_DEVICE Word bits_of(Float f) { return (Word)f; }
+  static PHILOX_HOST_DEVICE Float from_bits(Word bits) { return (Float)bits; }
+  static PHILOX_HOST_DEVICE Word bits_of(Float f) { return (Word)f; }
   template <class B, class C>
-  static MMGEN_HOST_DEVICE Float multiply_add(Float a, B b, C c) {
+  static PHILOX_HOST_DEVICE Float multiply_add(Float a, B b, C c) {
     return a * b + c;  // -ffp-contract=off
   }
 };
@@ -36,7 +36,7 @@ constexpr uint64_t block_of_lane(int l) {
 
 // `Lanes::width` blocks from `counter` on.
 template <class Lanes>
-MMGEN_HOST_DEVICE void blocks(uint64_t seed, uint64_t counter, typename Lanes::Word (&words)[4]) {
+PHILOX_HOST_DEVICE void blocks(uint64_t seed, uint64_t counter, typename Lanes::Word (&words)[4]) {
   using Wide = typename Lanes::Wide;
   Wide even, odd;
   for (int l = 0; l < Lanes::width / 2; ++l) {
@@ -78,7 +78,7 @@ inline uint16_t to_fp16(float value) {
 }
 
 template <class Lanes, Float F, int COUNT>
-MMGEN_HOST_DEVICE void narrow(const float (&values)[COUNT], typename Memory<F>::Type* out) {
+PHILOX_HOST_DEVICE void narrow(const float (&values)[COUNT], typename Memory<F>::Type* out) {
   if constexpr (F == Float::fp16) {
     Lanes::template to_half<COUNT>(values, out);
   } else {
@@ -92,7 +92,7 @@ MMGEN_HOST_DEVICE void narrow(const float (&values)[COUNT], typename Memory<F>::
 template <class Lanes>
 struct Integers {
   using Out = int64_t;
-  static MMGEN_HOST_DEVICE void write(typename Lanes::Word (&words)[4], Out* out) {
+  static PHILOX_HOST_DEVICE void write(typename Lanes::Word (&words)[4], Out* out) {
     uint32_t flat[4 * Lanes::width];
     Lanes::interleave(words, flat);
     for (int i = 0; i < 4 * Lanes::width; ++i) out[i] = flat[i];
@@ -103,7 +103,7 @@ struct Integers {
 template <class Lanes, Float F>
 struct Uniform {
   using Out = typename Memory<F>::Type;
-  static MMGEN_HOST_DEVICE void write(typename Lanes::Word (&words)[4], Out* out) {
+  static PHILOX_HOST_DEVICE void write(typename Lanes::Word (&words)[4], Out* out) {
     constexpr int count = 4 * Lanes::width, digits = F == Float::fp32 ? 24 : F == Float::bf16 ? 8 : 11;
     uint32_t flat[count];
     Lanes::interleave(words, flat);
@@ -132,7 +132,7 @@ inline void box_muller_fp64(uint32_t radius, uint32_t angle, double* out) {
 template <class Lanes, Float F>
 struct Normal {
   using Out = typename Memory<F>::Type;
-  static MMGEN_HOST_DEVICE void write(typename Lanes::Word (&words)[4], Out* out) {
+  static PHILOX_HOST_DEVICE void write(typename Lanes::Word (&words)[4], Out* out) {
     constexpr int count = 4 * Lanes::width;
     if constexpr (F == Float::fp64) {
       uint32_t flat[count];
