@@ -1,4 +1,7 @@
-"""The Triton kernels under Triton's interpreter, which has to be chosen before triton is imported: in a process of its own."""
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for GPUs that are not there.
+
+The interpreter has to be chosen before triton is imported, and shuts out the compiler: processes of their own.
+"""
 
 import os
 import subprocess
@@ -51,6 +54,47 @@ none = keys_of((0,))
 assert triton_kernels.fold_in(none, none[:, 0]).shape == (0, 2)
 print("the same")
 """
+
+COMPILED = """
+import re, subprocess, sys
+from pathlib import Path
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mmgen_kernels.philox import triton_kernels
+
+tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+target = GPUTarget("cuda", int(sys.argv[1]), 32)
+kernels = [("normal", 24, "fp32"), ("normal", 11, "fp16"), ("normal", 8, "bf16"), ("uniform", 24, "fp32"), ("integers", 32, "i64")]
+
+def compiled(kernel, signature, constants):
+    source = ASTSource(fn=kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    made = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    assert "fma.rn.f32" not in made.asm["ptx"], constants  # one would change the bits
+    Path("kernel.cubin").write_bytes(made.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)}
+    assert used["STACK"] == used["LOCAL"] == 0 and used["REG"] <= 128, (constants, usage)
+    sass = subprocess.run([tool, "-sass", "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in sass and not re.search(r"\\b(STL|LDL)\\b", sass), constants
+
+for kind, digits, out in kernels:
+    signature = {"key_ptr": "*i64", "out_ptr": "*" + out, "size": "i64", "pieces": "i32"}
+    compiled(triton_kernels.stream_kernel, signature, {"KIND": kind, "DIGITS": digits, "BLOCKS": triton_kernels.BLOCKS})
+signature = {"key_ptr": "*i64", "i_ptr": "*i64", "out_ptr": "*i64", "keys": "i32"}
+compiled(triton_kernels.fold_in_kernel, signature, {"BLOCKS": triton_kernels.BLOCKS})
+print("compiled")
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", (80, 90, 100))
+def test_compiles_without_spills_or_contractions(tmp_path, capability):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILED, str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.stdout.strip() == "compiled", done.stderr[-3000:]
 
 
 def test_the_same_numbers_from_triton():
