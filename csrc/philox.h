@@ -61,7 +61,11 @@ PHILOX_HOST_DEVICE void block(uint64_t seed, typename Ops::Wide counter, typenam
   constexpr uint32_t weyl_0 = 0x9E3779B9u, weyl_1 = 0xBB67AE85u;
   uint32_t key_0 = uint32_t(seed), key_1 = uint32_t(seed >> 32);
   typename Ops::Wide x = counter, y = counter >> 32, z = counter ^ counter, w = z;
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const typename Ops::Wide p = Ops::multiply(x, multiplier_0), q = Ops::multiply(z, multiplier_1);
     x = (q >> 32) ^ y ^ uint64_t{key_0};

@@ -75,6 +75,32 @@ def test_torch_has_the_same_law():
     torch.testing.assert_close(random.normal(key, (4096,)), mk.philox_normal((4096,), key), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.gpu
+def test_the_battery_on_a_gpu():
+    rows = battery.run("cuda", family="philox")
+    assert {row.implementation for row in rows} >= {"triton", "reference"}
+    assert [failure for row in rows for failure in row.failures] == [] and all(row.repeatable for row in rows)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_fresh_noise():
+    key, step = KEY.cuda(), torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def draw():
+        noise = mk.philox_normal((3, 1000), mk.fold_in(key, step))
+        step.add_(1)
+        return noise
+
+    draw()  # compiles
+    step.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        noise = draw()
+    for i in range(3):
+        graph.replay()
+        assert torch.equal(noise, mk.philox_normal((3, 1000), mk.fold_in(key, i)))
+
+
 # -- one stream -------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +251,29 @@ def test_the_header_alone_at_the_extremes(tmp_path, request):
     assert IMPLEMENTATIONS[0] != "cpp" or torch.equal(got[-5000:], stream)
     # all of it finite, never zero, and nothing beyond the largest R
     assert got.abs().max() < 6.77 and got.abs().min() > 1e-14
+
+
+CUDA = """
+#include "philox.h"
+using namespace mmgen_kernels::philox;
+__global__ void normals(uint64_t seed, uint64_t offset, float4* out) {
+  const uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x;
+  uint64_t words[4];
+  block<OneLane>(seed, offset + i, words);
+  box_muller<OneLane>(uint32_t(words[0]), uint32_t(words[1]), out[i].x, out[i].y);
+  box_muller<OneLane>(uint32_t(words[2]), uint32_t(words[3]), out[i].z, out[i].w);
+}
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_code_takes_the_header_and_fuses_nothing(tmp_path, request):
+    source, ptx = tmp_path / "normals.cu", tmp_path / "normals.ptx"
+    source.write_text(CUDA)
+    flags = ["-std=c++20", "-O3", "-arch=sm_90", "-ptx", "-Werror", "all-warnings", f"-I{request.config.rootpath / 'csrc'}"]
+    subprocess.run(["nvcc", *flags, str(source), "-o", str(ptx)], check=True)
+    assert "fma.rn.f32" not in ptx.read_text()
 
 
 def test_uniforms(implementation):
