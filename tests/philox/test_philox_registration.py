@@ -29,8 +29,8 @@ def samples(name):
         yield from ((KEY, torch.tensor(3)), (KEYS, torch.arange(5)), (transposed, torch.arange(10)[::2]), (KEYS[:0], KEYS[:0, 0]))
     else:
         dtypes = [()] if name == "philox_integers" else [(dtype,) for dtype in ops.DTYPES]
-        for key, shape in ((KEY, [7]), (KEY, [2, 3]), (KEYS, [5, 9]), (transposed, [5]), (KEYS[:0], [0, 3]), (KEY, [])):
-            yield from ((key, shape, *dtype) for dtype in dtypes)
+        yield from ((KEY, [2, 3], *dtype) for dtype in dtypes)
+        yield from ((key, shape, *dtypes[0]) for key, shape in ((KEYS, [5, 9]), (transposed, [5]), (KEYS[:0], [0, 3]), (KEY, [])))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +87,7 @@ def test_compile_with_a_key_per_sample_and_a_step_on_the_device(implementation):
 
 def test_compile_with_sizes_of_zero_and_one(implementation):
     compiled = torch.compile(noise_like, fullgraph=True, dynamic=True, backend="aot_eager")
-    for shape in ((0, 3), (1, 3), (4, 1), (1, 1), (4, 0)):
+    for shape in ((0, 3), (1, 1), (4, 0)):
         assert_same(compiled(torch.ones(shape), KEY, 3), noise_like(torch.ones(shape), KEY, 3))
 
 

@@ -27,7 +27,7 @@ KEYS = {
     "across_2^64": (1 << 62, -3),
 }
 # Around a block of 4, a vector of blocks, a piece of work for a thread, a program of the Triton kernel.
-SIZES = (0, 1, 3, 4, 5, 63, 64, 65, 1023, 2049, 4097)
+SIZES = (0, 1, 3, 5, 64, 65, 1023, 2049, 4097)
 BATCHES = {
     "one_key_per_sample": ((5,), (5, 3, 7)),
     "one_key_per_sample_and_head": ((2, 3), (2, 3, 130)),
