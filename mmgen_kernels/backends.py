@@ -21,7 +21,7 @@ from mmgen_kernels.library import NAMESPACE, OPERATORS, Operator
 
 IMPLEMENTATIONS = ("cuda", "triton", "torch", "cpp", "reference")  # in order of preference
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "torch": ("cpu", "cuda"), "cpp": ("cpu",)}
-FAMILIES = ("vq",)
+FAMILIES = ("vq", "philox")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _forced: dict[str | None, str] = {}  # family (None: all) -> implementation; a module global, which Dynamo can guard
@@ -110,7 +110,7 @@ def use_backend(implementation: str, family: str | None = None) -> Iterator[None
 
     Args:
         implementation: cuda, triton, torch, cpp or reference.
-        family: vq; None means every family.
+        family: vq or philox; None means every family.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")

@@ -17,8 +17,8 @@ from mmgen_kernels import backends
 from mmgen_kernels.library import OPERATORS
 
 T = TypeVar("T")
-Dtypes = tuple[torch.dtype, ...]  # of the float inputs, in the operator's order
-SHORT_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+Dtypes = tuple[torch.dtype, ...]  # of the float inputs, in the operator's order; without any, of the result
+SHORT_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "int64"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def run(
 
     Args:
         device: where the operators run.
-        family: vq; None means every family.
+        family: vq or philox; None means every family.
         quick: only the cases marked so.
         only: implementations to run; None means all that can serve.
         progress: called before each case with (number, total, name).

@@ -1,0 +1,33 @@
+// The loops that fill memory from a stream, one table per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "simd/instruction_set.h"
+
+namespace mmgen_kernels::philox {
+
+enum class Float { fp64, fp32, bf16, fp16 };
+
+// Writes elements [begin, end) of the stream with key (seed, offset) to out[0 .. end - begin); begin is a multiple of 4.
+using Fill = void (*)(uint64_t seed, uint64_t offset, int64_t begin, int64_t end, void* out);
+
+struct Kernels {
+  Fill integers;
+  Fill uniform[4], normal[4];  // by Float
+};
+
+extern const Kernels scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels, avx512_kernels;
+#endif
+
+inline const Kernels& kernels_of(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set >= InstructionSet::avx512) return avx512_kernels;  // and what goes beyond it
+  if (set == InstructionSet::avx2) return avx2_kernels;
+#endif
+  return scalar_kernels;
+}
+
+}  // namespace mmgen_kernels::philox
