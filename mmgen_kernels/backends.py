@@ -20,7 +20,13 @@ import torch
 from mmgen_kernels.library import NAMESPACE, OPERATORS, Operator
 
 IMPLEMENTATIONS = ("cuda", "triton", "torch", "cpp", "reference")  # in order of preference
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "torch": ("cpu", "cuda"), "cpp": ("cpu",)}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on CPU tensors, for tests
+DEVICES = {
+    "cuda": ("cuda",),
+    "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
+    "torch": ("cpu", "cuda"),
+    "cpp": ("cpu",),
+}
 FAMILIES = ("vq",)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
