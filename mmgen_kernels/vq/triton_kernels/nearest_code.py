@@ -14,11 +14,12 @@ from mmgen_kernels.vq.reference import with_heads
 from mmgen_kernels.vq.triton_kernels import prepare, search
 
 MAX_CHUNKS = 1024  # minima per row: 4 KiB, whatever K is
+MAX_HEADS = 65_535  # of a grid's second axis
 PROGRAMS_PER_SM = 2
 
 
 class Configuration(NamedTuple):
-    """Tile sizes of the pass, D as padded, and how many launches' worth of codes each program takes."""
+    """D as padded with zeros, and the tile sizes of the pass."""
 
     d_pad: int
     block_d: int
@@ -28,7 +29,7 @@ class Configuration(NamedTuple):
     num_stages: int
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def configuration(D: int, capability: tuple[int, int]) -> Configuration:
     """Depends on D and the chip only. A tile of rows and its codes are fp16, so that a stage of the pipeline takes
     2 * block_k * block_d bytes, and the rows 2 * block_n * block_d bytes once, or as much per stage where D is cut."""
@@ -54,7 +55,7 @@ def splits(N: int, heads: int, chunks: int, block_n: int, multiprocessors: int) 
     return -(-chunks // -(-chunks // wanted))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def chip(device: torch.device) -> tuple[tuple[int, int], int]:
     """Capability and number of multiprocessors. The interpreter plays a small sm_90."""
     if device.type != "cuda":
@@ -71,6 +72,9 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, 
     indices = torch.empty(heads, N, dtype=torch.int64, device=x.device)
     if indices.numel() == 0:
         return indices.view(x.shape[:-1])
+    if heads > MAX_HEADS:
+        parts = [slice(h, h + MAX_HEADS) for h in range(0, heads, MAX_HEADS)]
+        return torch.cat([nearest_code(x[p], codebook[p], None if mask is None else mask[p], metric, precision) for p in parts])
     capability, multiprocessors = chip(x.device)
     c = configuration(D, capability)
     tiles = triton.cdiv(K, c.block_k)
@@ -117,10 +121,10 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, 
             triton.cdiv(chunks, cuts), D_PAD=c.d_pad, BLOCK_D=c.block_d, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
             enable_fp_fusion=True, num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
-        search.settle[(heads * N,)](
+        search.settle[N, heads](
             rows, *rows.stride(), *book, valid, *((0, 0) if valid is None else valid.stride()),
-            packed_rows, row_bounds, ratios, packed_codes, half_squares, norms, left_out, chunk_bounds, head, part_largest,
-            minima, indices, N, K, k_pad, D, parts, chunks, codes_per_chunk,
+            packed_rows, row_bounds, ratios, packed_codes, half_squares, norms, left_out, chunk_bounds, head, minima, indices,
+            N, K, k_pad, D, chunks, codes_per_chunk,
             METRIC=metric, HAS_MASK=valid is not None, D_PAD=c.d_pad, BLOCK_D=block_d, **exact,
         )  # fmt: skip
     return indices.view(x.shape[:-1])

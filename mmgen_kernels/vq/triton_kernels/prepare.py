@@ -22,11 +22,7 @@ EXTREME = tl.constexpr(800)  # log2 of a squared norm beyond which fp64 itself m
 @triton.jit
 def widen(values):
     """fp64. By way of fp32, as the interpreter would take the bits of a bf16 for an integer."""
-    if values.dtype == tl.float64:
-        wide = values
-    else:
-        wide = values.to(tl.float32).to(tl.float64)
-    return wide
+    return values if values.dtype == tl.float64 else values.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
@@ -64,12 +60,12 @@ def largest(values, count):
 
 
 @triton.jit
-def unit_length(values, squared, METRIC: tl.constexpr):
-    """The vector that the metric sees of a code: for cosine c / |c|, or 0."""
+def inverse_lengths(squared, METRIC: tl.constexpr):
+    """What takes a code to the vector that the metric sees of it: 1 / |c| for cosine, 0 for a zero code; else 1."""
+    inverse = tl.full(squared.shape, 1.0, tl.float64)
     if METRIC == "cosine":
-        positive = squared > 0
-        values = tl.where(positive[:, None], values / tl.where(positive, tl.sqrt(squared), 1.0)[:, None], 0.0)
-    return values
+        inverse = tl.where(squared > 0, 1.0 / tl.where(squared > 0, tl.sqrt(squared), 1.0), 0.0)
+    return inverse
 
 
 @triton.jit(do_not_specialize=["K", "parts", "codebook_h"])
@@ -98,14 +94,14 @@ def sum_codes(
     if WIDE and METRIC == "cosine":
         usable = usable & ((total == 0) | (total >= 2.0**-EXTREME))
     tl.store(squares + h * K + k, total, mask=inside)
+    inverse = inverse_lengths(total, METRIC)
     for start in range(0, D, BLOCK_D):
         at = start + d
         c = widen(tl.load(codes + at[None, :].to(tl.int64) * codebook_d, mask=usable[:, None] & (at < D)[None, :], other=0.0))
-        tl.store(sums + (h * parts + part) * D + at, tl.sum(unit_length(c, total, METRIC), 0), mask=at < D)
+        tl.store(sums + (h * parts + part) * D + at, tl.sum(c * inverse[:, None], 0), mask=at < D)
+    seen = tl.where(usable, total, 0.0)
     if METRIC == "cosine":
-        seen = tl.where(usable & (total > 0), 1.0, 0.0).to(tl.float64)
-    else:
-        seen = tl.where(usable, total, 0.0)
+        seen = tl.where(seen > 0, 1.0, 0.0).to(tl.float64)
     outside = tl.where(usable, 0.0, inside.to(tl.float64))
     if METRIC == "l2" and not WIDE:
         outside = tl.zeros((CODES,), tl.float64)  # a code that is not finite never wins: nothing to prove
@@ -118,7 +114,8 @@ def sum_codes(
 
 @triton.jit(do_not_specialize=["parts"])
 def mean_code(sums, statistics, mean, head, D, parts, BLOCK_D: tl.constexpr):
-    """The parts' sums in fixed order: mean (H, D), and head (H, STATISTICS): mean square, codes, largest norm, outside the proof."""
+    """The parts added in fixed order: mean (H, D), and head (H, STATISTICS): mean square, room for the largest norm as scaled,
+    largest norm, outside the proof."""
     h = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = tl.arange(0, MERGED).to(tl.int64)
@@ -140,7 +137,6 @@ def mean_code(sums, statistics, mean, head, D, parts, BLOCK_D: tl.constexpr):
     if tl.program_id(0) == 0:
         out = head + h * STATISTICS
         tl.store(out, tl.sum(square, 0) / codes)
-        tl.store(out + 1, codes)
         tl.store(out + 2, tl.sqrt(tl.max(most, 0)))
         tl.store(out + 3, tl.max(outside, 0))
 
@@ -159,6 +155,7 @@ def centred_norms(
     inside = k < K
     squared = tl.load(squares + h * K + k, mask=inside, other=0.0)
     usable = inside & (squared <= 2.0**EXTREME)
+    inverse = inverse_lengths(squared, METRIC)
     codes = codebook + h * codebook_h + k[:, None] * codebook_k
     weight = centring(mean + h * D, head + h * STATISTICS, D, BLOCK_D)
     total = tl.zeros((CODES,), tl.float64)
@@ -167,7 +164,7 @@ def centred_norms(
         read = usable[:, None] & (at < D)[None, :]
         c = widen(tl.load(codes + at[None, :].to(tl.int64) * codebook_d, mask=read, other=0.0))
         m = weight * tl.load(mean + h * D + at, mask=at < D, other=0.0)
-        c = tl.where(read, unit_length(c, squared, METRIC) - m[None, :], 0.0)
+        c = tl.where(read, c * inverse[:, None] - m[None, :], 0.0)
         total += tl.sum(c * c, 1)
     tl.store(centred + h * K + k, tl.where(usable, total, float("inf")), mask=inside)
     tl.store(part_largest + h * parts + part, tl.max(tl.where(usable, total, 0.0), 0))
@@ -202,6 +199,7 @@ def pack_codes(
         squared = tl.load(squares + h * K + k, mask=inside, other=0.0)
         square = tl.load(centred + h * K + k, mask=inside, other=float("inf"))
         usable = square < float("inf")
+        inverse = inverse_lengths(squared, METRIC)
         codes = codebook + h * codebook_h + k[:, None] * codebook_k
         out = packed + (h * K_PAD + k[:, None]) * D_PAD
         rest = tl.zeros((CODES,), tl.float64)
@@ -210,7 +208,7 @@ def pack_codes(
             read = usable[:, None] & (at < D)[None, :]
             c = widen(tl.load(codes + at[None, :].to(tl.int64) * codebook_d, mask=read, other=0.0))
             m = weight * tl.load(mean + h * D + at, mask=at < D, other=0.0)
-            c = tl.where(read, (unit_length(c, squared, METRIC) - m[None, :]) * scale, 0.0)
+            c = tl.where(read, (c * inverse[:, None] - m[None, :]) * scale, 0.0)
             rounded = to_fp16(c)
             tl.store(out + at[None, :], rounded)
             error = c - widen(rounded)
@@ -225,6 +223,8 @@ def pack_codes(
         tl.store(left_out + position, tl.sqrt(rest))
         longest = tl.maximum(longest, norm)
         most_left_out = tl.maximum(most_left_out, tl.sqrt(rest))
+    if chunk == 0:
+        tl.store(head + h * STATISTICS + 1, tl.load(head + h * STATISTICS + 2) * scale)
     tl.store(chunk_bounds + (h * chunks + chunk) * 2, tl.max(longest, 0))
     tl.store(chunk_bounds + (h * chunks + chunk) * 2 + 1, tl.max(most_left_out, 0))
 

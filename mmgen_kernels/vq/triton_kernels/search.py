@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmgen_kernels.vq.triton_kernels.prepare import STATISTICS, largest, scale_of, widen
+from mmgen_kernels.vq.triton_kernels.prepare import STATISTICS, widen
 
 SETTLED = tl.constexpr(64)  # codes that the settlement holds at a time; divides every BLOCK_K
 CHUNKS = tl.constexpr(128)  # minima that it reads at a time
@@ -60,7 +60,8 @@ def error_bound(r, row_rest, ratio, norm, code_rest, raw, D, D_PAD: tl.constexpr
     bound = r * code_rest + row_rest * (norm + code_rest) + D_PAD * 2.0**-22 * product
     bound += 2.0**-22 * (ratio * norm * norm + product)
     if METRIC == "l2":
-        bound += (D + 4) * 2.0**-53 * (r * r / ratio + ratio * norm * norm)
+        inverse = (-ratio.to(tl.int64, bitcast=True) + (2046 << 52)).to(tl.float64, bitcast=True)  # of a power of two: exact
+        bound += (D + 4) * 2.0**-53 * (r * r * inverse + ratio * norm * norm)
     elif METRIC == "dot":
         bound += (D + 4) * 2.0**-53 * r * raw
     else:
@@ -93,16 +94,16 @@ def defining_values(row, x_d, codes, codebook_k, codebook_d, k, wanted, D, METRI
     return tl.where(wanted & (value < float("inf")), value, float("inf"))
 
 
-@triton.jit(do_not_specialize=["N", "K", "K_PAD", "parts", "chunks", "codes_per_chunk", "x_h", "codebook_h", "mask_h", "mask_n"])
+@triton.jit(do_not_specialize=["N", "K", "K_PAD", "chunks", "codes_per_chunk", "x_h", "codebook_h", "mask_h", "mask_n"])
 def settle(
     x, x_h, x_n, x_d, codebook, codebook_h, codebook_k, codebook_d, mask, mask_h, mask_n,
-    rows, row_bounds, ratios, codes, half_squares, norms, left_out, chunk_bounds, head, part_largest, minima, indices,
-    N, K, K_PAD, D, parts, chunks, codes_per_chunk,
+    rows, row_bounds, ratios, codes, half_squares, norms, left_out, chunk_bounds, head, minima, indices,
+    N, K, K_PAD, D, chunks, codes_per_chunk,
     METRIC: tl.constexpr, HAS_MASK: tl.constexpr, D_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """indices (H, N): one program per row."""
-    h = tl.program_id(0).to(tl.int64) // N
-    n = tl.program_id(0).to(tl.int64) % N
+    h = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64)
     valid = True
     if HAS_MASK:
         valid = tl.load(mask + h * mask_h + n * mask_n) != 0
@@ -114,7 +115,7 @@ def settle(
         row_rest = tl.load(row_bounds + (h * N + n) * 2 + 1)
         ratio = tl.load(ratios + h * N + n).to(tl.float64)
         everything = (tl.load(head + h * STATISTICS + 3) > 0) | (r == float("inf"))
-        raw = tl.load(head + h * STATISTICS + 2) * scale_of(largest(part_largest + h * parts, parts))
+        raw = tl.load(head + h * STATISTICS + 1)
         i = tl.arange(0, CHUNKS)
         j = tl.arange(0, SETTLED).to(tl.int64)
 
@@ -125,7 +126,8 @@ def settle(
             bounds = chunk_bounds + (h * chunks + at) * 2
             smallest = tl.load(minima + (h * chunks + at) * N + n, mask=at < chunks, other=float("inf")).to(tl.float64)
             longest = tl.load(bounds, mask=at < chunks, other=0.0)
-            bound = error_bound(r, row_rest, ratio, longest, tl.load(bounds + 1, mask=at < chunks, other=0.0), raw, D, D_PAD, METRIC)
+            most_left_out = tl.load(bounds + 1, mask=at < chunks, other=0.0)
+            bound = error_bound(r, row_rest, ratio, longest, most_left_out, raw, D, D_PAD, METRIC)
             reach = tl.minimum(reach, tl.min(tl.where(everything, float("inf"), smallest + bound), 0))
 
         index = tl.full((), 0, tl.int64)
@@ -137,7 +139,8 @@ def settle(
             bounds = chunk_bounds + (h * chunks + at) * 2
             smallest = tl.load(minima + (h * chunks + at) * N + n, mask=at < chunks, other=float("inf")).to(tl.float64)
             longest = tl.load(bounds, mask=at < chunks, other=0.0)
-            bound = error_bound(r, row_rest, ratio, longest, tl.load(bounds + 1, mask=at < chunks, other=0.0), raw, D, D_PAD, METRIC)
+            most_left_out = tl.load(bounds + 1, mask=at < chunks, other=0.0)
+            bound = error_bound(r, row_rest, ratio, longest, most_left_out, raw, D, D_PAD, METRIC)
             least = tl.where(everything, -float("inf"), smallest - bound)
             chunk = tl.min(tl.where((at < chunks) & (least <= reach), at, NONE), 0)
             while chunk < NONE:
@@ -171,9 +174,7 @@ def settle(
                             waiting = 1
                         else:
                             if waiting == 1:
-                                alone = defining_values(
-                                    row, x_d, book, codebook_k, codebook_d, index + j, j == 0, D, METRIC
-                                )
+                                alone = defining_values(row, x_d, book, codebook_k, codebook_d, index + j, j == 0, D, METRIC)
                                 value = tl.min(alone, 0)
                                 waiting = 0
                             values = defining_values(row, x_d, book, codebook_k, codebook_d, k, possible, D, METRIC)
