@@ -1,7 +1,7 @@
 """A process in which Triton's interpreter runs the kernels on CPU tensors: TRITON_INTERPRET must be set before triton is imported.
 
 And what makes the interpreter tell the truth about bf16, which it holds as 16-bit integers: a product would be taken of the raw
-bits. With the repair a widening is exact, and arithmetic on bf16 is an error; kernels widen what they load anyway.
+bits, and a cast would truncate. With the repair casts are right and arithmetic is an error; kernels widen what they load anyway.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ class Interpreter:
                 os.environ["TRITON_INTERPRET"] = before
 
     def nearest_code(self, x, codebook, **options):
-        request, answer = io.BytesIO(), None
+        request = io.BytesIO()
         torch.save((x, codebook, options), request)
         answer = self.pool.submit(answer_in_process, request.getvalue()).result()
         return torch.load(io.BytesIO(answer))
@@ -63,6 +63,12 @@ def prepare_process():
     repair_bf16()
 
 
+def rounded_to_bf16(values):
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    nearest = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
+
+
 def repair_bf16():
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -75,6 +81,8 @@ def repair_bf16():
     def repaired_cast(self, source, target):
         if is_bf16(source) and target.scalar == tl.float32:
             return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:  # `other` of a load
+            return TensorHandle(rounded_to_bf16(source.data), tl.bfloat16)
         if is_bf16(source) or target.scalar == tl.bfloat16:
             raise TypeError(f"interpreter: a cast from {source.dtype} to {target}")
         return cast(self, source, target)

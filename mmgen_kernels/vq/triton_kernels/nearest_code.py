@@ -31,21 +31,25 @@ class Configuration(NamedTuple):
 
 @functools.cache
 def configuration(D: int, capability: tuple[int, int]) -> Configuration:
-    """Depends on D and the chip only. A tile of rows and its codes are fp16, so that a stage of the pipeline takes
-    2 * block_k * block_d bytes, and the rows 2 * block_n * block_d bytes once, or as much per stage where D is cut."""
-    shared = 227 if capability[0] in (9, 10) else 163 if capability == (8, 0) else 99  # KiB a block may have
+    """Depends on D and the chip only: no kernel is compiled anew for another N or K.
+
+    128 rows by 128 codes are 64 fp32 sums a thread with 8 warps, so that 128 registers suffice on sm_90 and two blocks share a
+    multiprocessor: one multiplies while the other takes minima. In fp16 the rows take 256 * block_d bytes of shared memory and
+    each stage of the pipeline 2 * block_k * block_d.
+    """
+    shared = {8: 163 if capability[1] == 0 else 99, 9: 227, 10: 227}.get(capability[0], 99)  # KiB that a block may have
     d_pad = max(16, triton.next_power_of_2(D)) if D <= 256 else -(-D // 64) * 64
-    if d_pad > 256:
-        # Neither side fits whole: 32 KiB a stage (128 + 128) * 64 * 2; three of them fit in 99 KiB.
-        return Configuration(d_pad, 64, 128, 128, 8, 3)
-    if d_pad <= 128:
-        # 32 KiB of rows, at most 32 KiB of codes a stage: 96 KiB with two in flight, so that two blocks share an SM from sm_80 on.
-        return Configuration(d_pad, d_pad, 128, 128, 8, 3 if shared > 99 else 2)
-    if shared >= 227:
-        return Configuration(d_pad, d_pad, 128, 128, 8, 2)  # 64 KiB + 2 * 64 KiB = 192 KiB
-    if shared >= 163:
-        return Configuration(d_pad, d_pad, 128, 64, 8, 3)  # 64 KiB + 3 * 32 KiB = 160 KiB at most
-    return Configuration(d_pad, 64, 128, 128, 8, 3)
+    whole = Configuration(d_pad, d_pad, 128, 128, 8, 3)
+    if d_pad <= 64:
+        return whole  # 16 KiB of rows and at most 3 stages of 16 KiB: two blocks fit in 227 KiB and in 163
+    if d_pad == 128 and shared >= 163:
+        # 32 KiB of rows and 32 a stage. Two blocks fit in 227 KiB with two stages; registers allow sm_80 one block anyway.
+        return whole._replace(num_stages=2 if shared == 227 else 3)
+    if d_pad == 256 and shared == 227:
+        return whole._replace(num_stages=2)  # 64 KiB of rows and 64 a stage: 192 KiB, a third stage would be too many
+    if d_pad == 256 and shared == 163:
+        return whole._replace(block_k=64)  # 64 KiB of rows and 32 a stage: 128 KiB with two in flight
+    return whole._replace(block_d=64)  # both sides in pieces of 64 components, 32 KiB a stage: at most 96 KiB
 
 
 def splits(N: int, heads: int, chunks: int, block_n: int, multiprocessors: int) -> int:
