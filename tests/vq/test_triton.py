@@ -38,25 +38,25 @@ def assert_exact(interpreter, x, codebook, metric, mask=None, precision="exact")
 @pytest.mark.parametrize("metric", ops.METRICS)
 @pytest.mark.parametrize("data", DATA_SETS)
 def test_the_definition(interpreter, data, metric):
-    assert_exact(interpreter, *DATA_SETS[data](3, 70, 5, torch.float32, torch.float32), metric)
+    assert_exact(interpreter, *DATA_SETS[data](2, 70, 3, torch.float32, torch.float32), metric)
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=DTYPES.get)
 @pytest.mark.parametrize("codebook_dtype", DTYPES, ids=DTYPES.get)
 def test_dtypes(interpreter, x_dtype, codebook_dtype):
-    for data, metric in (("near_ties", "l2"), ("offset", "cosine"), ("huge", "dot")):
-        assert_exact(interpreter, *DATA_SETS[data](2, 37, 4, x_dtype, codebook_dtype), metric)
+    assert_exact(interpreter, *DATA_SETS["near_ties"](2, 37, 3, x_dtype, codebook_dtype), "l2")
+    assert_exact(interpreter, *DATA_SETS["huge"](2, 37, 3, x_dtype, codebook_dtype), "cosine")
 
 
 @pytest.mark.parametrize("metric", ops.METRICS)
 @pytest.mark.parametrize("dim", (1, 3, 8, 12, 65))
 def test_odd_dims(interpreter, dim, metric):
-    assert_exact(interpreter, *DATA_SETS["gaussian"](3, 131, dim, torch.float32, torch.float32), metric)
+    assert_exact(interpreter, *DATA_SETS["gaussian"](2, 131, dim, torch.float32, torch.float32), metric)
 
 
 @pytest.mark.parametrize("dim", (200, 300))
 def test_dims_that_fill_a_tile_or_take_several(interpreter, dim):
-    assert_exact(interpreter, *DATA_SETS["clusters"](2, 20, dim, torch.float32, torch.float32), "l2")
+    assert_exact(interpreter, *DATA_SETS["clusters"](1, 20, dim, torch.float32, torch.float32), "l2")
 
 
 def test_one_code_and_no_rows(interpreter):

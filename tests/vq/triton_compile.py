@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmgen_kernels.vq.triton_kernels import prepare, search
-from mmgen_kernels.vq.triton_kernels.nearest_code import configuration
+from mmgen_kernels.vq.triton_kernels.nearest_code import PREPARING, SETTLING, configuration
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 FP16, FP32 = ("rows", "codes", "packed"), ("x", "codebook", "half_squares", "ratios", "minima")
@@ -36,14 +36,14 @@ def argument_type(name, constants):
 def facts(kernel, capability, dim, metric):
     c = configuration(dim, divmod(capability, 10))
     function = getattr(search, kernel, None) or getattr(prepare, kernel)
-    values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "METRIC": metric, "HAS_MASK": True, "WIDE": False}
+    values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "METRIC": metric, "HAS_MASK": metric == "l2", "WIDE": False}
     values["BLOCK_D"] = c.block_d if kernel == "sweep" else 16 if kernel == "mean_code" else min(64, c.d_pad)
+    if not values["HAS_MASK"]:
+        values["mask"] = None
     names = function.arg_names
     constants = {name: values[name] for name in names if name in values}
     types = {name: argument_type(name, constants) for name in names}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    if kernel == "sweep":
-        options = {"num_warps": c.num_warps, "num_stages": c.num_stages, "enable_fp_fusion": True}
+    options = {"sweep": c.options(), "settle": SETTLING}.get(kernel, PREPARING)
     source = ASTSource(
         fn=function,
         signature=types,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,9 @@ from mmgen_kernels.vq.triton_kernels import prepare, search
 MAX_CHUNKS = 1024  # minima per row: 4 KiB, whatever K is
 MAX_HEADS = 65_535  # of a grid's second axis
 PROGRAMS_PER_SM = 2
+# Roundings count here. Without a limit of its own ptxas keeps to 64 registers, or 128, and spills a few.
+PREPARING = {"enable_fp_fusion": False, "num_warps": 4, "maxnreg": 240}
+SETTLING = {"enable_fp_fusion": False, "num_warps": 4, "maxnreg": 128}
 
 
 class Configuration(NamedTuple):
@@ -27,6 +30,10 @@ class Configuration(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        """The bound of the pass holds with and without fused multiply-add."""
+        return {"enable_fp_fusion": True, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @functools.cache
@@ -101,34 +108,32 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, 
 
     block_d = min(64, c.d_pad)
     book = (codes, *codes.stride())
-    # Roundings count in all of them but the pass, whose bound holds with and without fused multiply-add.
-    exact = {"enable_fp_fusion": False, "num_warps": 4}
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         prepare.sum_codes[parts, heads](
             *book, squares, sums, statistics, K, D, parts,
-            METRIC=metric, WIDE=codes.dtype == torch.float64, BLOCK_D=block_d, **exact,
+            METRIC=metric, WIDE=codes.dtype == torch.float64, BLOCK_D=block_d, **PREPARING,
         )  # fmt: skip
-        prepare.mean_code[triton.cdiv(D, 16), heads](sums, statistics, mean, head, D, parts, BLOCK_D=16, **exact)
+        prepare.mean_code[triton.cdiv(D, 16), heads](sums, statistics, mean, head, D, parts, BLOCK_D=16, **PREPARING)
         prepare.centred_norms[parts, heads](
-            *book, squares, mean, head, centred, part_largest, K, D, parts, METRIC=metric, BLOCK_D=block_d, **exact
+            *book, squares, mean, head, centred, part_largest, K, D, parts, METRIC=metric, BLOCK_D=block_d, **PREPARING
         )
         prepare.pack_codes[chunks, heads](
             *book, squares, mean, head, centred, part_largest, packed_codes, half_squares, norms, left_out, chunk_bounds,
-            K, k_pad, D, parts, chunks, codes_per_chunk, METRIC=metric, D_PAD=c.d_pad, BLOCK_D=block_d, **exact,
+            K, k_pad, D, parts, chunks, codes_per_chunk, METRIC=metric, D_PAD=c.d_pad, BLOCK_D=block_d, **PREPARING,
         )  # fmt: skip
         prepare.pack_rows[triton.cdiv(N, prepare.CODES.value), heads](
             rows, *rows.stride(), mean, head, part_largest, packed_rows, ratios, row_bounds, N, D, parts,
-            METRIC=metric, D_PAD=c.d_pad, BLOCK_D=block_d, **exact,
+            METRIC=metric, D_PAD=c.d_pad, BLOCK_D=block_d, **PREPARING,
         )  # fmt: skip
         search.sweep[heads * triton.cdiv(N, c.block_n), cuts](
             packed_rows, packed_codes, half_squares, ratios, minima, N, k_pad, tiles, tiles_per_chunk, chunks,
             triton.cdiv(chunks, cuts), D_PAD=c.d_pad, BLOCK_D=c.block_d, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-            enable_fp_fusion=True, num_warps=c.num_warps, num_stages=c.num_stages,
+            **c.options(),
         )  # fmt: skip
         search.settle[N, heads](
             rows, *rows.stride(), *book, valid, *((0, 0) if valid is None else valid.stride()),
             packed_rows, row_bounds, ratios, packed_codes, half_squares, norms, left_out, chunk_bounds, head, minima, indices,
             N, K, k_pad, D, chunks, codes_per_chunk,
-            METRIC=metric, HAS_MASK=valid is not None, D_PAD=c.d_pad, BLOCK_D=block_d, **exact,
+            METRIC=metric, HAS_MASK=valid is not None, D_PAD=c.d_pad, BLOCK_D=block_d, **SETTLING,
         )  # fmt: skip
     return indices.view(x.shape[:-1])

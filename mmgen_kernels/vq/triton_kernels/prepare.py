@@ -16,6 +16,7 @@ MERGED = tl.constexpr(64)  # parts added at a time
 # 2^-22 of the norm.
 LOG2_NORM = tl.constexpr(7)
 SMALLEST_NORMAL = tl.constexpr(2.0**-14)
+VANISHED = tl.constexpr(2.0**-520)  # more than the norm of components whose squares vanish in fp64
 EXTREME = tl.constexpr(800)  # log2 of a squared norm beyond which fp64 itself may overflow or vanish
 
 
@@ -137,7 +138,7 @@ def mean_code(sums, statistics, mean, head, D, parts, BLOCK_D: tl.constexpr):
     if tl.program_id(0) == 0:
         out = head + h * STATISTICS
         tl.store(out, tl.sum(square, 0) / codes)
-        tl.store(out + 2, tl.sqrt(tl.max(most, 0)))
+        tl.store(out + 2, tl.sqrt(tl.max(most, 0)) + VANISHED)
         tl.store(out + 3, tl.max(outside, 0))
 
 
@@ -213,7 +214,7 @@ def pack_codes(
             tl.store(out + at[None, :], rounded)
             error = c - widen(rounded)
             rest += tl.sum(error * error, 1)
-        norm = tl.where(usable, tl.sqrt(square) * scale, 0.0)
+        norm = tl.where(usable, (tl.sqrt(square) + VANISHED) * scale, 0.0)
         term = tl.zeros((CODES,), tl.float64)
         if METRIC == "l2":
             term = 0.5 * norm * norm
@@ -276,7 +277,7 @@ def pack_rows(
         tl.store(packed + (h * N + n[:, None]) * D_PAD + at[None, :], rounded, mask=inside[:, None] & (at < D_PAD)[None, :])
         error = v - widen(rounded)
         rest += tl.sum(error * error, 1)
-    norm = tl.where(usable, tl.sqrt(total) * scale, float("inf"))
+    norm = tl.where(usable, (tl.sqrt(total) + VANISHED) * scale, float("inf"))
     tl.store(ratios + h * N + n, tl.where(usable, ratio, 1.0).to(tl.float32), mask=inside)
     tl.store(bounds + (h * N + n) * 2, norm, mask=inside)
     tl.store(bounds + (h * N + n) * 2 + 1, tl.sqrt(rest), mask=inside)
