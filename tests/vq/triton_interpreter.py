@@ -5,6 +5,7 @@ bits, and a cast would truncate. With the repair casts are right and arithmetic 
 """
 
 import concurrent.futures
+import inspect
 import io
 import multiprocessing
 import os
@@ -61,6 +62,24 @@ def prepare_process():
     torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what `empty` returns, as conftest.py does
     warnings.simplefilter("ignore", RuntimeWarning)  # NaN and overflow in numpy
     repair_bf16()
+    patch_once()
+
+
+def patch_once():
+    """Each call of a jit function makes the interpreter look through triton.language for what it has replaced already, 40 % of
+    the time of these tests. Nothing is left to do where the first name of a module is replaced."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    look_through, names = interpreter._patch_builtin, {}
+
+    def patch(package, builder, scope):
+        if package not in names:
+            names[package] = next((n for n, member in inspect.getmembers(package) if is_builtin(member)), None)
+        if names[package] is not None and is_builtin(getattr(package, names[package])):
+            look_through(package, builder, scope)
+
+    interpreter._patch_builtin = patch
 
 
 def rounded_to_bf16(values):
