@@ -36,7 +36,8 @@ def argument_type(name, constants):
 def facts(kernel, capability, dim, metric):
     c = configuration(dim, divmod(capability, 10))
     function = getattr(search, kernel, None) or getattr(prepare, kernel)
-    values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "METRIC": metric, "HAS_MASK": metric == "l2", "WIDE": False}
+    values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k}
+    values |= {"METRIC": metric, "HAS_MASK": metric == "l2", "WIDE": False}
     values["BLOCK_D"] = c.block_d if kernel == "sweep" else 16 if kernel == "mean_code" else min(64, c.d_pad)
     if not values["HAS_MASK"]:
         values["mask"] = None
