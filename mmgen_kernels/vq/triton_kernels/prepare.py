@@ -238,7 +238,7 @@ def pack_rows(
 ):  # fmt: skip
     """packed (H, N, D_PAD), ratios (H, N): the row's scale over the codes'; bounds (H, N, 2): its norm and what fp16 left out.
 
-    A row that the proof does not cover has an infinite norm there.
+    A row that the proof does not cover has an infinite norm there, one that no code can win NaN.
     """
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * CODES + tl.arange(0, CODES)
@@ -278,6 +278,9 @@ def pack_rows(
         error = v - widen(rounded)
         rest += tl.sum(error * error, 1)
     norm = tl.where(usable, (tl.sqrt(total) + VANISHED) * scale, float("inf"))
+    norm = tl.where(total == total, norm, float("nan"))
+    if METRIC == "l2" and x.dtype.element_ty != tl.float64:  # no square overflows: the row is infinite
+        norm = tl.where(total < float("inf"), norm, float("nan"))
     tl.store(ratios + h * N + n, tl.where(usable, ratio, 1.0).to(tl.float32), mask=inside)
     tl.store(bounds + (h * N + n) * 2, norm, mask=inside)
     tl.store(bounds + (h * N + n) * 2 + 1, tl.sqrt(rest), mask=inside)

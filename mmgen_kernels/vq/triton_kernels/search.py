@@ -104,14 +104,16 @@ def settle(
     """indices (H, N): one program per row."""
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64)
-    valid = True
+    valid = tl.full((), 1, tl.int1)
     if HAS_MASK:
         valid = tl.load(mask + h * mask_h + n * mask_n) != 0
     index = tl.full((), -1, tl.int64)
+    r = tl.load(row_bounds + (h * N + n) * 2)
     if valid:
+        index = tl.full((), 0, tl.int64)
+    if valid & (r == r):
         row = x + h * x_h + n * x_n
         book = codebook + h * codebook_h
-        r = tl.load(row_bounds + (h * N + n) * 2)
         row_rest = tl.load(row_bounds + (h * N + n) * 2 + 1)
         ratio = tl.load(ratios + h * N + n).to(tl.float64)
         everything = (tl.load(head + h * STATISTICS + 3) > 0) | (r == float("inf"))
@@ -130,7 +132,6 @@ def settle(
             bound = error_bound(r, row_rest, ratio, longest, most_left_out, raw, D, D_PAD, METRIC)
             reach = tl.minimum(reach, tl.min(tl.where(everything, float("inf"), smallest + bound), 0))
 
-        index = tl.full((), 0, tl.int64)
         value = tl.full((), float("inf"), tl.float64)
         waiting = tl.full((), 0, tl.int32)  # 1: `index` is the only code met so far within reach, its value not known yet
         lower = tl.full((), float("inf"), tl.float64)  # of that code
