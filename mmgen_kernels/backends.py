@@ -20,8 +20,16 @@ import torch
 from mmgen_kernels.library import NAMESPACE, OPERATORS, Operator
 
 IMPLEMENTATIONS = ("cuda", "triton", "torch", "cpp", "reference")  # in order of preference
-DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "torch": ("cpu", "cuda"), "cpp": ("cpu",)}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on CPU tensors, for tests
+DEVICES = {
+    "cuda": ("cuda",),
+    "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
+    "torch": ("cpu", "cuda"),
+    "cpp": ("cpu",),
+}
 FAMILIES = ("vq", "philox")
+# Serve who asks for them, and nobody else: the interpreter and the compiler see neither races nor miscompiled code.
+BY_NAME_ONLY = {"triton": 'tested by interpreter and compiler, not yet on a GPU; use_backend("triton") asks for it'}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _forced: dict[str | None, str] = {}  # family (None: all) -> implementation; a module global, which Dynamo can guard
@@ -89,7 +97,7 @@ def choose(operator: Operator, family: str, device: str) -> str:
     if device == "cpu" and operator.has_cpp:  # the common case, kept short: this runs on every eager call
         return "cpp"
     for implementation in IMPLEMENTATIONS:
-        if not reasons_against(operator, implementation, device):
+        if implementation not in BY_NAME_ONLY and not reasons_against(operator, implementation, device):
             break
     if implementation == "reference" and device in ("cpu", "cuda") and not torch.compiler.is_compiling():
         _warn_once(operator, device)
@@ -98,7 +106,7 @@ def choose(operator: Operator, family: str, device: str) -> str:
 
 def _warn_once(operator: Operator, device: str) -> None:
     best = "cpp" if device == "cpu" else "triton"
-    reason = "; ".join(reasons_against(operator, best, device))
+    reason = "; ".join(reasons_against(operator, best, device)) or BY_NAME_ONLY[best]
     if (operator.name, reason) not in _warned:
         _warned.add((operator.name, reason))
         warnings.warn(f"mmgen_kernels.{operator.name} runs as plain PyTorch on {device}: {best}: {reason}", stacklevel=4)
@@ -132,7 +140,7 @@ def describe(operator: Operator, device: str) -> str:
     lines = [f"{operator.name} on {device}:"]
     for implementation in IMPLEMENTATIONS:
         reasons = reasons_against(operator, implementation, device)
-        lines.append(f"  {implementation:<10} {'; '.join(reasons) or 'available'}")
+        lines.append(f"  {implementation:<10} {'; '.join(reasons) or BY_NAME_ONLY.get(implementation, 'available')}")
     return "\n".join(lines)
 
 

@@ -198,6 +198,7 @@ NEAREST_CODE = library.define(
     "nearest_code(Tensor x, Tensor codebook, Tensor? mask, str metric, str precision) -> Tensor indices",
     reference=reference.nearest_code,
     fake=nearest_code_fake,
+    launchers={"triton": "mmgen_kernels.vq.triton_kernels:nearest_code"},
     vmap=nearest_code_vmap,
 )
 

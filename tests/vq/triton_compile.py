@@ -1,0 +1,76 @@
+"""Compiles the lookup's kernels for chips that are not there, and prints what the machine code holds, a line of JSON each.
+
+A script of its own, as a process in which TRITON_INTERPRET is set cannot compile. Arguments: [[kernel, capability, D, metric], ...]
+as JSON.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mmgen_kernels.vq.triton_kernels import prepare, search
+from mmgen_kernels.vq.triton_kernels.nearest_code import PREPARING, SETTLING, configuration
+
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+FP16, FP32 = ("rows", "codes", "packed"), ("x", "codebook", "half_squares", "ratios", "minima")
+OTHER = {"mask": "*u8", "indices": "*i64"}
+
+
+def argument_type(name, constants):
+    if name in constants:
+        return "constexpr"
+    if name.isupper() or name in ("parts", "chunks", "codes_per_chunk", "tiles", "tiles_per_chunk", "chunks_per_split"):
+        return "i32"
+    if re.fullmatch("(x|codebook|mask)_[hnkd]", name):
+        return "i64" if name.endswith("_h") else "i32"
+    return OTHER.get(name, "*fp16" if name in FP16 else "*fp32" if name in FP32 else "*fp64")
+
+
+def facts(kernel, capability, dim, metric):
+    c = configuration(dim, divmod(capability, 10))
+    function = getattr(search, kernel, None) or getattr(prepare, kernel)
+    values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k}
+    values |= {"METRIC": metric, "HAS_MASK": metric == "l2", "WIDE": False}
+    values["BLOCK_D"] = c.block_d if kernel == "sweep" else 16 if kernel == "mean_code" else min(64, c.d_pad)
+    if not values["HAS_MASK"]:
+        values["mask"] = None
+    names = function.arg_names
+    constants = {name: values[name] for name in names if name in values}
+    types = {name: argument_type(name, constants) for name in names}
+    options = {"sweep": c.options(), "settle": SETTLING}.get(kernel, PREPARING)
+    source = ASTSource(
+        fn=function,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([os.path.join(TOOLS, tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack, static, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage).groups())
+    return {
+        "registers": registers,
+        "stack": stack + local,
+        "shared": compiled.metadata.shared + static,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "instructions": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code))),
+        "fused": compiled.asm["ptx"].count("fma.rn.f64"),
+        "block_pointers": "make_tensor_ptr" in compiled.asm["ttir"],
+    }
+
+
+if __name__ == "__main__":
+    for request in json.loads(sys.argv[1]):
+        print(json.dumps(facts(*request)), flush=True)

@@ -1,0 +1,119 @@
+"""A process in which Triton's interpreter runs the kernels on CPU tensors: TRITON_INTERPRET must be set before triton is imported.
+
+And what makes the interpreter tell the truth about bf16, which it holds as 16-bit integers: a product would be taken of the raw
+bits, and a cast would truncate. With the repair casts are right and arithmetic is an error; kernels widen what they load anyway.
+"""
+
+import concurrent.futures
+import inspect
+import io
+import multiprocessing
+import os
+import warnings
+
+import numpy as np
+import torch
+
+import mmgen_kernels as mk
+
+
+class Interpreter:
+    """Used as mk.nearest_code is, by the Triton kernels."""
+
+    def __init__(self):
+        before = os.environ.get("TRITON_INTERPRET")
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            self.pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
+            assert self.pool.submit(is_interpreted).result()
+        finally:
+            if before is None:
+                del os.environ["TRITON_INTERPRET"]
+            else:
+                os.environ["TRITON_INTERPRET"] = before
+
+    def nearest_code(self, x, codebook, **options):
+        request = io.BytesIO()
+        torch.save((x, codebook, options), request)
+        answer = self.pool.submit(answer_in_process, request.getvalue()).result()
+        return torch.load(io.BytesIO(answer))
+
+    def close(self):
+        self.pool.shutdown()
+
+
+def is_interpreted():
+    from mmgen_kernels import backends
+
+    return backends.INTERPRETED
+
+
+def answer_in_process(request):
+    x, codebook, options = torch.load(io.BytesIO(request))
+    with mk.use_backend("triton"):
+        indices = mk.nearest_code(x, codebook, **options)
+    answer = io.BytesIO()
+    torch.save(indices, answer)
+    return answer.getvalue()
+
+
+def prepare_process():
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what `empty` returns, as conftest.py does
+    warnings.simplefilter("ignore", RuntimeWarning)  # NaN and overflow in numpy
+    repair_bf16()
+    patch_once()
+
+
+def patch_once():
+    """Each call of a jit function makes the interpreter look through triton.language for what it has replaced already, 40 % of
+    the time of these tests. Nothing is left to do where the first name of a module is replaced."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    look_through, names = interpreter._patch_builtin, {}
+
+    def patch(package, builder, scope):
+        if package not in names:
+            names[package] = next((n for n, member in inspect.getmembers(package) if is_builtin(member)), None)
+        if names[package] is not None and is_builtin(getattr(package, names[package])):
+            look_through(package, builder, scope)
+
+    interpreter._patch_builtin = patch
+
+
+def rounded_to_bf16(values):
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    nearest = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
+
+
+def repair_bf16():
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def is_bf16(handle):
+        return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
+
+    cast = InterpreterBuilder.cast_impl
+
+    def repaired_cast(self, source, target):
+        if is_bf16(source) and target.scalar == tl.float32:
+            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:  # `other` of a load
+            return TensorHandle(rounded_to_bf16(source.data), tl.bfloat16)
+        if is_bf16(source) or target.scalar == tl.bfloat16:
+            raise TypeError(f"interpreter: a cast from {source.dtype} to {target}")
+        return cast(self, source, target)
+
+    def refusing(operation):
+        def guarded(self, *args):
+            if any(is_bf16(a) for a in args):
+                raise TypeError("interpreter: arithmetic on bf16; widen what is loaded")
+            return operation(self, *args)
+
+        return guarded
+
+    InterpreterBuilder.cast_impl = repaired_cast
+    for name in ("binary_op", "unary_op", "create_dot"):
+        setattr(InterpreterBuilder, name, refusing(getattr(InterpreterBuilder, name)))
