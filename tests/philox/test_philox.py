@@ -72,7 +72,7 @@ def test_torch_has_the_same_law():
     key = random.key(2026, device="cuda")
     assert torch.equal(random.fold_in(key, 5).view(torch.int64), mk.fold_in(key, 5))
     assert torch.equal(random.split(key, 7).view(torch.int64), mk.fold_in(key, torch.arange(7, device="cuda")))
-    torch.testing.assert_close(random.normal(key, (4096,)), mk.philox_normal((4096,), key), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(random.normal(key, (4096,)), mk.philox_normal((4096,), key), rtol=1e-5, atol=3e-4)
 
 
 @pytest.mark.gpu
