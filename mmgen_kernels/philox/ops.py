@@ -30,7 +30,7 @@ def philox_normal(
     """Standard normal noise from a key: the same numbers wherever, whenever and in whatever batch it is drawn.
 
     With w the integers of `philox_integers`, u = (w[i] + 1/2) / 2^32 and v = (w[i + 1] + 1/2) / 2^32 for even i (Box-Muller):
-    ``z[i] = sqrt(-2 ln u) cos(2 pi v)``, ``z[i + 1] = sqrt(-2 ln u) sin(2 pi v)``. So 4.7e-10 < |z| < 6.77.
+    ``z[i] = sqrt(-2 ln u) cos(2 pi v)``, ``z[i + 1] = sqrt(-2 ln u) sin(2 pi v)``. So 1e-14 < |z| < 6.77.
 
     The integers are the same bits from every implementation. fp32 normals are within 6 units in the last place of the formula,
     and the same bits from every instruction set of the C++ kernel; bf16 and fp16 are fp32 normals rounded once; fp64 normals are
