@@ -80,7 +80,7 @@ def test_torch_has_the_same_law():
 @pytest.mark.gpu
 def test_the_battery_on_a_gpu():
     rows = battery.run("cuda", family="philox")
-    assert {row.implementation for row in rows} >= {"triton", "reference"}
+    assert "reference" in {row.implementation for row in rows}
     assert [failure for row in rows for failure in row.failures] == [] and all(row.repeatable for row in rows)
 
 

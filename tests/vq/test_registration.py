@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mmgen_kernels as mk
-from mmgen_kernels import battery
+from mmgen_kernels import backends, battery
 from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.library import OPERATORS
 from mmgen_kernels.vq import ops
@@ -60,7 +60,10 @@ def samples(name):
 
 def overloads():
     for name in {case.operator: None for case in battery.cases("vq")}:
-        for overload in OPERATORS[name].overloads.values():
+        operator = OPERATORS[name]
+        for implementation, overload in operator.overloads.items():
+            if implementation in operator.launchers and backends.reasons_against(operator, implementation, "cpu"):
+                continue  # test_triton.py has the interpreter check it
             yield pytest.param(name, overload, id=str(overload))
 
 

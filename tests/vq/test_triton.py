@@ -85,6 +85,10 @@ def test_heads_mask_and_strides(interpreter):
         assert_exact(interpreter, x, codebook, metric, mask)
 
 
+def test_opcheck(interpreter):
+    interpreter.opcheck(randn(2, 3, 4, seed=1).float(), randn(5, 4, seed=2).float(), None, "l2", "exact")
+
+
 def test_fast_is_the_exact_index_too(interpreter):
     assert_exact(interpreter, *DATA_SETS["taming"](3, 70, 5, torch.float32, torch.float32), "l2", precision="fast")
 
