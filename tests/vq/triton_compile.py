@@ -67,6 +67,7 @@ def facts(kernel, capability, dim, metric):
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "instructions": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code))),
         "fused": compiled.asm["ptx"].count("fma.rn.f64"),
+        "fused_in_code": len(re.findall(r"\bDFMA\b", code)),
         "block_pointers": "make_tensor_ptr" in compiled.asm["ttir"],
     }
 
