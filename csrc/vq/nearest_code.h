@@ -1,5 +1,5 @@
-// Nearest-code lookup on the CPU: one fp32 pass that keeps the minimum of each tile of codes, a rigorous bound on its error,
-// and an fp64 comparison of the few codes that the bound cannot tell apart. docs/vq.md proves the bound.
+// Nearest-code lookup on the CPU: one pass that keeps the minimum of each tile of codes, a rigorous bound on its error, and an
+// fp64 comparison of the few codes that the bound cannot tell apart. docs/vq.md proves the bound.
 #pragma once
 
 #include <cstddef>
@@ -45,7 +45,7 @@ struct Units {
 // A first pass that is coarser than fp32 and faster. Panels and tiles are its own format; residuals bound the norms of what it
 // leaves out of each vector.
 struct CoarsePass {
-  bool integers;                    // rows and codes must be shorter than `longest` times their unit
+  bool integers;                     // rows and codes must be shorter than `longest` times their unit
   int64_t (*products)(int64_t dim);  // summed in fp32 for one score; 0: sums are exact
   int64_t (*panel_bytes)(int64_t dim);
   int64_t (*tile_bytes)(int64_t dim);

@@ -1,5 +1,5 @@
-// The lookup around the inner loops: what each row needs, the fp32 pass, and the comparison in fp64 of what the pass leaves
-// undecided. Names and formulas follow docs/vq.md, "How the index is certified".
+// The lookup around the inner loops: what each row needs, the pass over all codes, and the second looks, in fp32 and fp64, at what
+// the pass leaves undecided. Names and formulas follow docs/vq.md, "How the index is certified".
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -21,7 +21,7 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr int64_t rows_at_once = 1 << 16;       // bounds the state kept per row
 constexpr int64_t panel_bytes = 8 << 20;        // packed codes shared by the threads at a time
-constexpr int64_t panel_codes = 24 * 1024;      // bounds the tile minima: 8 KiB per row at 12 codes a tile
+constexpr int64_t panel_codes = 24 * 1024;      // bounds the tile minima: 11 KiB per row at 9 codes a tile
 constexpr int64_t sub_panel_bytes = 256 << 10;  // stays in L2 while every panel of a block of rows passes
 constexpr int64_t block_bytes = 512 << 10;      // rows of a block; twice as much for their tile minima
 constexpr int64_t l1_bytes = 32 << 10;          // of a coarse pass's rows, beside two tiles of codes
@@ -93,8 +93,8 @@ struct Panel {
 class Lookup {
  public:
   Lookup(const Query& query, InstructionSet set)
-      : q_(query), set_(set), k_(kernels_of(set)), dim_(query.x.dim), l2_(query.metric == Metric::l2), codebook_(query.codebook, query.metric, k_),
-        error_(query.metric, query.x.dim), units_(units_of(query.metric)) {
+      : q_(query), set_(set), k_(kernels_of(set)), dim_(query.x.dim), l2_(query.metric == Metric::l2),
+        codebook_(query.codebook, query.metric, k_), error_(query.metric, query.x.dim), units_(units_of(query.metric)) {
     brute_force_all_ = codebook_.extreme || !codebook_.any_finite || (!codebook_.all_finite && !l2_);
     if (k_.coarse != nullptr) error_.use(*k_.coarse, units_);
     anchor_ = exponent(l2_ ? codebook_.root_mean_square : codebook_.largest_norm);
@@ -189,7 +189,8 @@ class Lookup {
       duplicates_dropped_ = true;
       pass(suited);
     }
-    if (suited.size() < rows.size()) std::set_difference(rows.begin(), rows.end(), suited.begin(), suited.end(), std::back_inserter(deferred_));
+    if (suited.size() < rows.size())
+      std::set_difference(rows.begin(), rows.end(), suited.begin(), suited.end(), std::back_inserter(deferred_));
     if (!deferred_.empty()) search_deferred(row_class);
   }
 
