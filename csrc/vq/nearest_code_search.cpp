@@ -378,6 +378,9 @@ class Worker {
     int64_t open = 0;
     for (int64_t f = 0; f < found; ++f) open += std::popcount(masks_[f]);
     if (open > too_many() * n) {
+      // One code that stands in every tile and is nearest to most rows (zeros, say) looks like this too: without its copies
+      // there is less to defer.
+      if (!l_.duplicates_dropped_) l_.many_ties_ = true;
       for (int64_t i = 0; i < n; ++i) contests_[i].deferred = true;
       return;
     }

@@ -98,6 +98,16 @@ def test_rows_that_a_coarse_pass_cannot_decide_are_left_to_fp32(panels, instruct
     assert torch.equal(indices[few], reference.nearest_code(x[few], codebook, None, "l2", "exact"))
 
 
+@pytest.mark.parametrize("instruction_set", [s for s in SETS if s in COARSE])
+def test_one_code_in_every_tile_is_no_reason_to_defer(instruction_set):
+    """Zero is the nearest code of most rows here and stands in each tile: its copies go, and the pass decides."""
+    x, codebook = fp32("gaussian", 1024, 4096, 64)
+    codebook[::8] = 0
+    indices, counters = lookup(x, codebook, "l2", instruction_set)
+    assert counters["deferred_rows"] == 0
+    assert torch.equal(indices, lookup(x, codebook, "l2", "scalar")[0])
+
+
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("metric", ops.METRICS)
 @pytest.mark.parametrize("data", ["all_equal", "fourfold", "all_zero"])
