@@ -17,8 +17,8 @@ namespace {
 bool amx_permitted() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & amx_bf16) || !(d & amx_tile)) return false;
+  constexpr unsigned needed = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -48,7 +48,16 @@ bool supported(InstructionSet set) {
     }
   }
 #endif
-  return set == InstructionSet::scalar || set == InstructionSet::scalar_bf16 || set == InstructionSet::scalar_int16;
+  return set <= InstructionSet::scalar_int16;
+}
+
+std::string list_of_names() {
+  std::string list;
+  for (InstructionSet set : all_instruction_sets) {
+    if (set != all_instruction_sets[0]) list += set == InstructionSet::amx ? " or " : ", ";
+    list += name(set);
+  }
+  return list;
 }
 
 bool selected_by_name() {
@@ -66,7 +75,7 @@ InstructionSet selected() {
       if (supported(set)) return set;
       throw std::runtime_error("MMGEN_KERNELS_CPU=" + wanted + ": this CPU does not have it");
     }
-    throw std::runtime_error("MMGEN_KERNELS_CPU must be scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni or amx, got '" + wanted + "'");
+    throw std::runtime_error("MMGEN_KERNELS_CPU must be " + list_of_names() + ", got '" + wanted + "'");
   }
   static const InstructionSet best = [&] {
     for (InstructionSet set : best_first)

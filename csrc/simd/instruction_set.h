@@ -1,6 +1,8 @@
 // Which instruction set the CPU kernels use: the best one this CPU has, or the one MMGEN_KERNELS_CPU names.
 #pragma once
 
+#include <string>
+
 namespace mmgen_kernels {
 
 // scalar_bf16 and scalar_int16 are in plain C++ what amx and avx512_vnni do, for tests: never chosen unless named.
@@ -13,6 +15,9 @@ inline const char* name(InstructionSet set) {
   constexpr const char* names[] = {"scalar", "scalar_bf16", "scalar_int16", "avx2", "avx512", "avx512_vnni", "amx"};
   return names[static_cast<int>(set)];
 }
+
+// "scalar, ... or amx"
+std::string list_of_names();
 
 // Whether this CPU can run it, it was compiled in and, for AMX, the operating system lets this process use it.
 bool supported(InstructionSet set);

@@ -33,7 +33,7 @@ double ErrorBound::bound(double pass, double r, double n, double raw) const {
 double ErrorBound::operator()(double r, double n, double raw) const { return bound(pass_, r, n, raw); }
 
 void ErrorBound::use(const CoarsePass& pass, const Units& units) {
-  coarse_pass_ = 1.06 * (std::max(pass.products(dim_), dim_) + 8) * 0x1p-24;
+  coarse_pass_ = 1.06 * (std::max(pass.summed_products(dim_), dim_) + 8) * 0x1p-24;
   norm_rounding_ = pass.integers ? 0.51 * units.row * units.code : 0;
 }
 

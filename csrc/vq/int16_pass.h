@@ -9,7 +9,7 @@ namespace mmgen_kernels::vq {
 namespace {  // internal linkage: see rows.h
 
 inline int64_t pairs_of(int64_t dim) { return (dim + 1) / 2; }
-constexpr int64_t no_products(int64_t) { return 0; }
+constexpr int64_t no_summed_products(int64_t) { return 0; }
 
 // out = values / unit to the nearest integer, and a zero if dim is odd; returns an upper bound of the norm of what that leaves out.
 inline float round_to_int16(const float* values, int64_t dim, float unit, int16_t* out) {
@@ -101,7 +101,7 @@ int64_t tile_bytes(int64_t dim) {
 
 template <class Int, int VECTORS, int CODES>
 constexpr CoarsePass int16_pass{true,
-                                no_products,
+                                no_summed_products,
                                 panel_bytes<VECTORS * Int::width>,
                                 tile_bytes<CODES>,
                                 pack_panel<VECTORS * Int::width>,

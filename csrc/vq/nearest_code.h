@@ -45,8 +45,8 @@ struct Units {
 // A first pass that is coarser than fp32 and faster. Panels and tiles are its own format; residuals bound the norms of what it
 // leaves out of each vector.
 struct CoarsePass {
-  bool integers;                     // rows and codes must be shorter than `longest` times their unit
-  int64_t (*products)(int64_t dim);  // summed in fp32 for one score; 0: sums are exact
+  bool integers;                            // rows and codes must be shorter than `longest` times their unit
+  int64_t (*summed_products)(int64_t dim);  // in fp32, for one score; 0: sums are exact
   int64_t (*panel_bytes)(int64_t dim);
   int64_t (*tile_bytes)(int64_t dim);
   void (*pack_panel)(const float* flat, int64_t dim, const Units& units, std::byte* panel, float* residuals);

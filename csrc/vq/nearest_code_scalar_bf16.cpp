@@ -5,28 +5,43 @@
 namespace mmgen_kernels::vq {
 namespace {
 
-struct PlainTiles {
-  void multiply(const std::byte* codes0, const std::byte* codes1, const std::byte* rows0, const std::byte* rows1,
-                int64_t steps, bool norm_rides_along, float (*scores)[groups][lanes * lanes]) const {
-    const std::byte *codes[] = {codes0, codes1}, *rows[] = {rows0, rows1};
-    for (int u = 0; u < 2; ++u)
-      for (int g = 0; g < groups; ++g)
-        for (int64_t j = 0; j < lanes; ++j)
-          for (int64_t r = 0; r < lanes; ++r) {
-            float sum = 0;
-            if (!norm_rides_along) std::memcpy(&sum, codes[u] + steps * step_bytes + (j * lanes + r) * 4, 4);
-            for (int64_t s = 0; s < steps; ++s) {
-              const auto* code = reinterpret_cast<const uint16_t*>(codes[u] + s * step_bytes) + j * products;
-              const auto* row = reinterpret_cast<const uint16_t*>(rows[g] + s * step_bytes);
-              for (int64_t k = 0; k < products; ++k) sum += from_bf16(code[k]) * from_bf16(row[(k / 2 * lanes + r) * 2 + k % 2]);
-            }
-            scores[u][g][j * lanes + r] = sum;
-          }
+class PlainTiles {
+ public:
+  template <int TILE>
+  void zero() {
+    std::memset(tiles_[TILE], 0, step_bytes);
   }
+  template <int TILE>
+  void load(const std::byte* from) {
+    std::memcpy(tiles_[TILE], from, step_bytes);
+  }
+  template <int TILE>
+  void store(float* to) {
+    std::memcpy(to, tiles_[TILE], step_bytes);
+  }
+  template <int SUM, int CODES, int ROWS>
+  void multiply() {
+    constexpr int64_t products = 2 * lanes;
+    uint16_t codes[lanes * products], rows[lanes * products];
+    float sums[lanes * lanes];
+    std::memcpy(codes, tiles_[CODES], step_bytes);
+    std::memcpy(rows, tiles_[ROWS], step_bytes);
+    std::memcpy(sums, tiles_[SUM], step_bytes);
+    for (int64_t j = 0; j < lanes; ++j)
+      for (int64_t k = 0; k < products; ++k) {
+        const float code = from_bf16(codes[j * products + k]);
+        for (int64_t r = 0; r < lanes; ++r) sums[j * lanes + r] += code * from_bf16(rows[(k / 2 * lanes + r) * 2 + k % 2]);
+      }
+    std::memcpy(tiles_[SUM], sums, step_bytes);
+  }
+
+ private:
+  std::byte tiles_[8][step_bytes];
 };
 
 }  // namespace
 
-const Kernels scalar_bf16_kernels = bf16_kernels<simd::Scalar<16>, PlainTiles>("scalar_bf16");
+const Kernels scalar_bf16_kernels =
+    tile_kernels<simd::Scalar<16>, Bf16Format<simd::Scalar<16>>, PlainTiles>("scalar_bf16");
 
 }  // namespace mmgen_kernels::vq
