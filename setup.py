@@ -2,6 +2,8 @@
 
 Environment:
     MMGEN_KERNELS_BUILD   auto (default) | 0: skip the C++ part | 1: a failure to build it is fatal
+    MMGEN_KERNELS_CUDA    auto (default): build the CUDA part if nvcc is there and of the CUDA version of this torch | 0: skip it |
+                          1: a failure to build it is fatal; cross-builds on a torch without CUDA
     MMGEN_KERNELS_PROBE   0 (default) | 1: also build, in place, the extension that tests and benchmarks use; no wheel holds it
     MAX_JOBS              compilers run at once (default: one per CPU)
     CXX                   the C++ compiler (default c++)
@@ -10,6 +12,7 @@ Environment:
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,9 +29,12 @@ from setuptools.command.build_py import build_py
 
 PACKAGE = "mmgen_kernels"
 BUILD = os.environ.get("MMGEN_KERNELS_BUILD", "auto")
+CUDA = os.environ.get("MMGEN_KERNELS_CUDA", "auto")
 PROBE = os.environ.get("MMGEN_KERNELS_PROBE", "0") == "1"
 if BUILD not in ("auto", "0", "1"):
     sys.exit(f"MMGEN_KERNELS_BUILD must be auto, 0 or 1, got {BUILD!r}")
+if CUDA not in ("auto", "0", "1"):
+    sys.exit(f"MMGEN_KERNELS_CUDA must be auto, 0 or 1, got {CUDA!r}")
 
 COMPILER = os.environ.get("CXX", "c++").split()
 # The oldest torch whose stable ABI we use: one extension serves every newer one.
@@ -44,6 +50,12 @@ INSTRUCTION_SET_FLAGS = {
     "_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
     "_amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
 }
+# -fmad=false: as -ffp-contract above. Code for sm_80 serves every 8.x chip; the PTX is for chips that nobody knew yet.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-DUSE_CUDA", "-shared", "-cudart", "static", "-Xptxas", "-v",
+              "--expt-relaxed-constexpr", "--threads", "2",
+              "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off",
+              "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+              "-gencode=arch=compute_80,code=compute_80"]
 OBJECTS = Path("build/objects")  # kept between builds and shared by the extensions
 
 
@@ -56,10 +68,31 @@ def torch_directory() -> Path | None:
     return None
 
 
+def torch_facts(torch: Path) -> dict:
+    facts: dict = {}
+    exec((torch / "version.py").read_text(), facts)
+    return facts
+
+
 def torch_version(torch: Path) -> str:
-    version: dict = {}
-    exec((torch / "version.py").read_text(), version)
-    return str(version["__version__"])
+    return str(torch_facts(torch)["__version__"])
+
+
+def reason_against_cuda(torch: Path) -> str | None:
+    """Why the CUDA part is not to be built, or None."""
+    if CUDA == "0":
+        return "MMGEN_KERNELS_CUDA=0 at build time"
+    if CUDA == "1":
+        return None
+    wanted = torch_facts(torch).get("cuda")
+    if wanted is None:
+        return "the torch at build time has no CUDA"
+    if shutil.which("nvcc") is None:
+        return "nvcc was not found at build time"
+    found = re.search(r"release (\d+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)
+    if found is None or found[1] != wanted.split(".")[0]:
+        return f"nvcc at build time was of CUDA {found[1] if found else 'unknown'}, torch of CUDA {wanted}"
+    return None
 
 
 def sources() -> list[str]:
@@ -91,6 +124,9 @@ def extensions() -> tuple[list[Extension], str | None]:
         optional=BUILD != "1",
     )
     found = [Extension(f"{PACKAGE}._C", sources(), py_limited_api=True, **common)]
+    if reason_against_cuda(torch) is None:
+        kernels = sorted(glob("csrc/*.cu") + glob("csrc/*/*.cu"))
+        found.append(Extension(f"{PACKAGE}._C_cuda", kernels, py_limited_api=True, **(common | {"optional": CUDA != "1"})))
     if PROBE:  # a Python module by pybind11, which has no stable ABI, hence an extension of its own
         kernels = [s for s in sources() if s != "csrc/registration.cpp"] + for_this_cpu(sorted(glob("csrc/simd/fma_peak_*.cpp")))
         found.append(Extension(f"{PACKAGE}._probe", ["csrc/probe.cpp", *kernels], **common))
@@ -110,6 +146,8 @@ class Build(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.unlink(missing_ok=True)  # what does not build must not leave its predecessor behind
         is_main = ext.name == f"{PACKAGE}._C"
+        if ext.name == f"{PACKAGE}._C_cuda":
+            return self.build_cuda(ext, output)
         try:
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 objects = list(pool.map(lambda source: self.compile(source, ext.include_dirs), ext.sources))
@@ -117,14 +155,34 @@ class Build(build_ext):
             run([*COMPILER, "-shared", *objects, *libraries, *ext.extra_link_args, "-o", str(output)])
         except (OSError, RuntimeError, ImportError) as error:
             if is_main:
-                write_facts(output.parent, {"built": False, "cause": str(error).strip()[-2000:]})
+                write_facts(output.parent, {"built": False, "cause": short(error)})
             if not ext.optional:
                 sys.exit(f"mmgen-kernels: {ext.name} does not build: {error}")
             sys.stderr.write(f"mmgen-kernels: building WITHOUT {ext.name}: {error}\n")
             return
         if is_main:
             compiler = subprocess.run([*COMPILER, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-            write_facts(output.parent, {"built": True, "torch": torch_version(torch_directory()), "compiler": compiler})
+            torch = torch_directory()
+            write_facts(output.parent, {"built": True, "torch": torch_version(torch), "compiler": compiler,
+                                        "cuda": reason_against_cuda(torch) or "built"})
+
+    def build_cuda(self, ext: Extension, output: Path) -> None:
+        try:
+            libraries = [f"-L{d}" for d in ext.library_dirs] + ["-ltorch_cpu", "-Xlinker", "--no-as-needed"]
+            if torch_facts(torch_directory()).get("cuda") is None:
+                # A torch without CUDA has no libtorch_cuda to link with; its name is all the linker needs.
+                stub = Path(self.build_temp) / "stub" / "libtorch_cuda.so"
+                stub.parent.mkdir(parents=True, exist_ok=True)
+                run([*COMPILER, "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-xc++", os.devnull, "-o", str(stub)])
+                libraries.append(f"-L{stub.parent}")
+            includes = [flag for d in ext.include_dirs for flag in (("-I", d) if d == "csrc" else ("-isystem", d))]
+            command = ["nvcc", *NVCC_FLAGS, *MACROS, *includes, *ext.sources, *libraries, "-ltorch_cuda", "-o", str(output)]
+            sys.stderr.write(run(command))
+        except (OSError, RuntimeError) as error:
+            write_facts(output.parent, {"cuda": short(error)})
+            if not ext.optional:
+                sys.exit(f"mmgen-kernels: {ext.name} does not build: {error}")
+            sys.stderr.write(f"mmgen-kernels: building WITHOUT {ext.name}: {error}\n")
 
     def compile(self, source: str, include_dirs: list[str]) -> str:
         """The object of a source file; an object newer than the file and all headers, by the same command, is kept."""
@@ -193,6 +251,8 @@ def run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
+        if command[0] == "nvcc":
+            raise RuntimeError("no CUDA compiler: nvcc was not found") from error
         raise RuntimeError(f"no C++ compiler: {command[0]!r} was not found (install one, or name it in CXX)") from error
     except OSError as error:
         raise RuntimeError(f"the C++ compiler does not run: {error}") from error
@@ -201,9 +261,16 @@ def run(command: list[str]) -> str:
     return done.stderr
 
 
+def short(error: Exception) -> str:
+    return str(error).strip()[-2000:]
+
+
 def write_facts(folder: Path, facts: dict) -> None:
-    """`mmgen-kernels info` reads these: what the C++ part was built with, or why it was not."""
-    (folder / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+    """`mmgen-kernels info` reads these: what the C++ part was built with, or why it was not. Those of "cuda" alone are added."""
+    path = folder / "_build.json"
+    if "built" not in facts and path.exists():
+        facts = json.loads(path.read_text()) | facts
+    path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 EXTENSIONS, CAUSE = extensions()

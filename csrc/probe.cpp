@@ -10,8 +10,10 @@
 #include <thread>
 #include <vector>
 
+#include "philox/philox_simt.h"
 #include "simd/fma_peak.h"
 #include "vq/nearest_code.h"
+#include "vq/nearest_code_simt.h"
 
 namespace py = pybind11;
 using namespace mmgen_kernels;
@@ -24,7 +26,7 @@ InstructionSet by_name(const std::string& wanted) {
       if (!supported(set)) throw py::value_error("this CPU does not have " + wanted);
       return set;
     }
-  throw py::value_error("instruction set must be scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni or amx, got '" + wanted + "'");
+  throw py::value_error("instruction set must be " + list_of_names() + ", got '" + wanted + "'");
 }
 
 std::vector<std::string> instruction_sets() {
@@ -34,6 +36,10 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+vq::Metric metric_by_name(const std::string& metric) {
+  return metric == "l2" ? vq::Metric::l2 : metric == "dot" ? vq::Metric::dot : vq::Metric::cosine;
+}
+
 using Matrix = py::array_t<float, py::array::c_style>;
 
 std::pair<py::array_t<int64_t>, std::map<std::string, int64_t>> nearest_code(const Matrix& x, const Matrix& codebook,
@@ -41,16 +47,81 @@ std::pair<py::array_t<int64_t>, std::map<std::string, int64_t>> nearest_code(con
                                                                             const std::string& set, bool exact) {
   if (x.ndim() != 2 || codebook.ndim() != 2 || x.shape(1) != codebook.shape(1))
     throw py::value_error("x and codebook must be (N, D) and (K, D)");
-  const auto rows = [](const Matrix& m) { return vq::Rows{m.data(), vq::Float::fp32, m.shape(0), m.shape(1), m.shape(1)}; };
-  const vq::Metric by = metric == "l2" ? vq::Metric::l2 : metric == "dot" ? vq::Metric::dot : vq::Metric::cosine;
+  const auto rows = [](const Matrix& m) { return vq::Rows{m.data(), Float::fp32, m.shape(0), m.shape(1), m.shape(1)}; };
   py::array_t<int64_t> indices(x.shape(0));
   vq::Counters counters;
-  vq::nearest_code({rows(x), rows(codebook), nullptr, by, exact, indices.mutable_data()}, by_name(set), &counters);
+  vq::nearest_code({rows(x), rows(codebook), nullptr, metric_by_name(metric), exact, indices.mutable_data()}, by_name(set), &counters);
   return {indices,
           {{"rescored_tiles", counters.rescored_tiles},
            {"exact_values", counters.exact_values},
            {"deferred_rows", counters.deferred_rows},
            {"brute_force_rows", counters.brute_force_rows}}};
+}
+
+// x (H, N, D) and codebook (H, K, D) of the dtypes named, 16-bit ones as integers; the CUDA kernels on fibers.
+py::array_t<int64_t> nearest_code_by_fibers(const py::array& x, const std::string& x_dtype, const py::array& codebook,
+                                            const std::string& codebook_dtype, const std::optional<py::array_t<bool>>& mask,
+                                            const std::string& metric, int64_t blocks, bool backwards) {
+  const auto rows = [](const py::array& m, const std::string& dtype) {
+    const Float type = dtype == "fp64"   ? Float::fp64
+                           : dtype == "fp32" ? Float::fp32
+                           : dtype == "bf16" ? Float::bf16
+                                             : Float::fp16;
+    return vq::Rows{m.data(), type, m.shape(1), m.shape(2), m.shape(2)};
+  };
+  vq::gpu::Problem p{};
+  p.x = rows(x, x_dtype), p.x_head = x.shape(1) * x.shape(2);
+  p.codebook = rows(codebook, codebook_dtype), p.codebook_head = codebook.shape(1) * codebook.shape(2);
+  p.heads = x.shape(0);
+  p.mask = mask ? mask->data() : nullptr;
+  p.metric = metric_by_name(metric);
+  py::array_t<int64_t> indices({x.shape(0), x.shape(1)});
+  p.indices = indices.mutable_data();
+  vq::gpu::divide(p, blocks);
+  const vq::gpu::Scratch pieces = vq::gpu::scratch_of(p);
+  std::vector<std::byte> scratch(pieces.bytes, std::byte{0xff});  // NaN where nothing was written
+  vq::gpu::place(p, pieces, scratch.data());
+  vq::gpu::launch_all(p, [&]<class Shared, void (*kernel)(const vq::gpu::Problem&, Shared&)>(int64_t bx, int64_t by, int64_t bz,
+                                                                                         int threads) {
+    simt::launch<Shared>(kernel, {bx, by, bz}, threads, p, backwards);
+  });
+  return indices;
+}
+
+// keys (count, 2) to the bytes of (count, size): kind is integers, uniform, normal or fold; fold takes its data from `data`.
+py::bytes philox_by_fibers(const std::string& kind, int dtype, const py::array_t<uint64_t>& keys, int64_t size, int element_size,
+                           const py::array_t<uint64_t>& data) {
+  const int64_t count = keys.shape(0);
+  std::string out(count * size * element_size, '\xff');
+  const auto launch = [&]<class Problem, void (*kernel)(const Problem&, philox::gpu::Nothing&)>(const Problem& p, int64_t blocks) {
+    simt::launch<philox::gpu::Nothing>(kernel, {blocks, 1, 1}, philox::gpu::threads, p);
+  };
+  const philox::gpu::Stream stream{keys.data(), out.data(), count, size};
+  if (kind == "integers") philox::gpu::launch_integers(stream, launch);
+  else if (kind == "fold") philox::gpu::launch_fold({keys.data(), data.data(), reinterpret_cast<uint64_t*>(out.data()), count}, launch);
+  else philox::gpu::launch_stream(stream, kind == "normal", static_cast<Float>(dtype), launch);
+  return out;
+}
+
+// Each thread takes what its neighbour wrote, after a barrier, without one, or with one that only some threads reach: what the
+// fibers must see.
+struct Neighbours {
+  int64_t* out;
+  int barrier;  // 0: none, 1: for all, 2: for some
+};
+struct NeighbourShared {
+  int values[64];
+};
+void take_from_neighbour(const Neighbours& p, NeighbourShared& s) {
+  const int t = simt::thread();
+  s.values[t] = t;
+  if (p.barrier == 1 || (p.barrier == 2 && t != 5)) simt::sync();
+  p.out[t] = s.values[t ^ 1];
+}
+py::array_t<int64_t> neighbours_by_fibers(int barrier, bool backwards) {
+  py::array_t<int64_t> out(64);
+  simt::launch<NeighbourShared>(take_from_neighbour, {1, 1, 1}, 64, Neighbours{out.mutable_data(), barrier}, backwards);
+  return out;
 }
 
 // GFLOP/s of fp32 FMAs in registers: the best of several short rounds, all threads at once.
@@ -88,6 +159,11 @@ PYBIND11_MODULE(_probe, m) {
   m.def("selected", [] { return std::string(name(selected())); }, "The one that operators use now.");
   m.def("nearest_code", &nearest_code, py::arg("x"), py::arg("codebook"), py::arg("metric") = "l2",
         py::arg("instruction_set"), py::arg("exact") = true, "(indices, counters) by one instruction set.");
+  m.def("nearest_code_by_fibers", &nearest_code_by_fibers, py::arg("x"), py::arg("x_dtype"), py::arg("codebook"),
+        py::arg("codebook_dtype"), py::arg("mask"), py::arg("metric"), py::arg("blocks"), py::arg("backwards"),
+        "Indices (H, N) by the CUDA kernels, run by g++; `blocks` fill the chip.");
+  m.def("philox_by_fibers", &philox_by_fibers, "Bytes of streams by the CUDA kernels, run by g++.");
+  m.def("neighbours_by_fibers", &neighbours_by_fibers, "What a missing or divergent barrier looks like on fibers.");
   m.def("fma_peak", &fma_peak, py::arg("seconds") = 0.5, py::arg("threads") = 1, "GFLOP/s of fp32 FMAs in registers.");
   m.attr("compiler") = __VERSION__;
 }

@@ -29,19 +29,24 @@ DEVICES = {
 }
 FAMILIES = ("vq", "philox")
 # Serve who asks for them, and nobody else: the interpreter and the compiler see neither races nor miscompiled code.
-BY_NAME_ONLY = {"triton": 'tested by interpreter and compiler, not yet on a GPU; use_backend("triton") asks for it'}
+BY_NAME_ONLY = {
+    "cuda": 'tested by g++ and compiled by nvcc, not yet on a GPU; use_backend("cuda") asks for it',
+    "triton": 'tested by interpreter and compiler, not yet on a GPU; use_backend("triton") asks for it',
+}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _forced: dict[str | None, str] = {}  # family (None: all) -> implementation; a module global, which Dynamo can guard
 _warned: set[tuple[str, str]] = set()
 _library_error: str | None = None  # why the C++ part is not there
+_cuda_error: str | None = None  # why the CUDA part is not there
 
 
 def load_library() -> None:
     """Loads the C++ part. One that is there and does not load is an error of the installation, kept and shown, not hidden."""
-    global _library_error
+    global _library_error, _cuda_error
     folder = Path(__file__).parent
     facts = build_facts()
+    _cuda_error = load_cuda(folder, facts)
     found = sorted(folder.glob("_C.*so"))
     if not found:
         _library_error = f"not built: {facts['cause']}" if facts.get("cause") else "not built (pip install --no-build-isolation .)"
@@ -53,6 +58,22 @@ def load_library() -> None:
     except OSError as error:
         _library_error = f"built for torch {facts.get('torch', 'unknown')}, you have {torch.__version__}: {error}"
         warnings.warn(f"mmgen_kernels: the C++ part does not load, the reference serves the CPU: {_library_error}", stacklevel=2)
+
+
+def load_cuda(folder: Path, facts: dict) -> str | None:
+    """Loads the CUDA part where torch has CUDA; returns why it is not there, or None."""
+    found = sorted(folder.glob("_C_cuda.*so"))
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not found:
+        return f"not built: {facts.get('cuda', 'pip install --no-build-isolation . with nvcc builds it')}"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        reason = f"built for torch {facts.get('torch', 'unknown')}, you have {torch.__version__}: {error}"
+        warnings.warn(f"mmgen_kernels: the CUDA part does not load: {reason}", stacklevel=3)
+        return reason
+    return None
 
 
 def library_error() -> str | None:
@@ -80,6 +101,8 @@ def reasons_against(operator: Operator, implementation: str, device: str) -> lis
             reasons.append(f"{operator.name} has no C++ kernel")
     elif implementation not in operator.launchers:
         reasons.append(f"{operator.name} has no {implementation} kernel")
+    elif implementation == "cuda" and _cuda_error:
+        reasons.append(_cuda_error)
     elif implementation == "triton" and not HAS_TRITON:
         reasons.append("triton is not installed (pip install triton)")
     return reasons

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "floats.h"
 #include "simd/instruction_set.h"
 
 namespace mmgen_kernels::philox {
-
-enum class Float { fp64, fp32, bf16, fp16 };
 
 // Writes elements [begin, end) of the stream with key (seed, offset) to out[0 .. end - begin); begin is a multiple of 4.
 using Fill = void (*)(uint64_t seed, uint64_t offset, int64_t begin, int64_t end, void* out);

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "philox.h"
 #include "philox/kernels.h"
@@ -12,35 +11,8 @@
 namespace mmgen_kernels::philox {
 namespace {
 
-Float float_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return Float::fp64;
-    case ScalarType::Float:
-      return Float::fp32;
-    case ScalarType::BFloat16:
-      return Float::bf16;
-    case ScalarType::Half:
-      return Float::fp16;
-    default:
-      throw std::runtime_error("dtype must be float64, float32, bfloat16 or float16");
-  }
-}
-
-void check_key(const Tensor& key) {
-  if (key.scalar_type() != ScalarType::Long || key.dim() < 1 || key.size(key.dim() - 1) != 2)
-    throw std::runtime_error("key must be int64 (..., 2)");
-}
-
 Tensor filled(const Tensor& key, const std::vector<int64_t>& shape, ScalarType dtype, Fill fill) {
-  check_key(key);
-  const int64_t keys_rank = key.dim() - 1;
-  int64_t keys = 1, size = 1;
-  for (int64_t d = 0; d < int64_t(shape.size()); ++d) {
-    if (shape[d] < 0 || (d < keys_rank && shape[d] != key.size(d))) throw std::runtime_error("shape must begin with the key's");
-    (d < keys_rank ? keys : size) *= shape[d];
-  }
-  if (int64_t(shape.size()) < keys_rank) throw std::runtime_error("shape must begin with the key's");
+  const auto [keys, size] = divide(key, shape);
   Tensor out = torch::stable::new_empty(key, shape, dtype);
   if (keys * size == 0) return out;
   const Tensor dense = torch::stable::contiguous(key);
@@ -75,9 +47,7 @@ Tensor normal_cpu(const Tensor& key, std::vector<int64_t> shape, ScalarType dtyp
 }
 
 Tensor fold_in_cpu(const Tensor& key, const Tensor& i) {
-  check_key(key);
-  if (i.scalar_type() != ScalarType::Long || i.numel() * 2 != key.numel())
-    throw std::runtime_error("i must be int64, one per key");
+  check_fold(key, i);
   const Tensor dense_key = torch::stable::contiguous(key), dense_i = torch::stable::contiguous(i);
   Tensor out = torch::stable::new_empty(key, {key.sizes().begin(), key.sizes().end()}, ScalarType::Long);
   const auto* pairs = static_cast<const uint64_t*>(dense_key.const_data_ptr());

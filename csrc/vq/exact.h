@@ -8,7 +8,7 @@
 
 namespace mmgen_kernels::vq {
 
-inline double exact_value(Metric metric, const double* x, const Rows& codebook, int64_t k) {
+HOST_DEVICE inline double exact_value(Metric metric, const double* x, const Rows& codebook, int64_t k) {
   return with_row(codebook, k, [&](const auto* c) {
     const int64_t dim = codebook.dim;
     double sum = 0;

@@ -5,9 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-namespace mmgen_kernels::vq {
+#include "floats.h"
+#include "simt/host_device.h"
 
-enum class Float { fp64, fp32, bf16, fp16 };
+namespace mmgen_kernels::vq {
 
 struct Rows {
   const void* data;
@@ -17,39 +18,39 @@ struct Rows {
   int64_t row_stride;  // elements
 };
 
-static inline double widen(double x) { return x; }
-static inline double widen(float x) { return x; }
+static inline HOST_DEVICE double widen(double x) { return x; }
+static inline HOST_DEVICE double widen(float x) { return x; }
 struct Bf16 {
   uint16_t bits;
 };
 struct Fp16 {
   uint16_t bits;
 };
-static inline double widen(Bf16 x) {
+static inline HOST_DEVICE double widen(Bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float f;
-  std::memcpy(&f, &bits, 4);
+  memcpy(&f, &bits, 4);
   return f;
 }
-static inline double widen(Fp16 x) {
+static inline HOST_DEVICE double widen(Fp16 x) {
   // Shift the exponent field to fp32's place; a multiplication by 2^112 corrects the bias and renormalises subnormals.
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   uint32_t bits = uint32_t(x.bits & 0x7fff) << 13;
   if ((x.bits & 0x7c00) == 0x7c00) {
     bits |= 0x7f800000u | sign;
     float f;
-    std::memcpy(&f, &bits, 4);
+    memcpy(&f, &bits, 4);
     return f;
   }
   float f;
-  std::memcpy(&f, &bits, 4);
+  memcpy(&f, &bits, 4);
   const double magnitude = double(f) * 0x1p112;
   return sign ? -magnitude : magnitude;
 }
 
 // Calls f(pointer to the row's first element in its own type).
 template <class F>
-static inline auto with_row(const Rows& m, int64_t row, const F& f) {
+static inline HOST_DEVICE auto with_row(const Rows& m, int64_t row, const F& f) {
   const int64_t offset = row * m.row_stride;
   switch (m.dtype) {
     case Float::fp64:

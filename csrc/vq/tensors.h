@@ -9,27 +9,13 @@
 #include <string>
 #include <vector>
 
+#include "torch_floats.h"
 #include "vq/nearest_code.h"
 
 namespace mmgen_kernels::vq {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline Float float_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return Float::fp64;
-    case ScalarType::Float:
-      return Float::fp32;
-    case ScalarType::BFloat16:
-      return Float::bf16;
-    case ScalarType::Half:
-      return Float::fp16;
-    default:
-      throw std::runtime_error("mmgen_kernels: expected a float64, float32, bfloat16 or float16 tensor");
-  }
-}
 
 inline Metric metric_of(const std::string& name) {
   if (name == "l2") return Metric::l2;
@@ -84,8 +70,10 @@ inline std::vector<int64_t> leading_sizes(const Tensor& t) {
   return {sizes.begin(), sizes.end() - 1};
 }
 
-// int64 indices of every row of x (heads, ..., D), on the CPU.
+// int64 indices of every row of x (heads, ..., D).
 Tensor nearest_code_cpu(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask, const std::string& metric,
                         const std::string& precision);
+Tensor nearest_code_cuda(const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask, const std::string& metric,
+                         const std::string& precision);
 
 }  // namespace mmgen_kernels::vq

@@ -17,7 +17,6 @@ from mmgen_kernels.philox import reference
 FAMILY = "philox"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KEY_DTYPES = (torch.int64, torch.uint64)
-LAUNCHERS = "mmgen_kernels.philox.triton_kernels"
 
 
 def philox_normal(
@@ -201,11 +200,15 @@ def fold_in_vmap(call, info, in_dims, key, i):
     return call(key, i), 0
 
 
+def launchers(function):
+    return {name: f"mmgen_kernels.philox.{module}:{function}" for name, module in (("cuda", "cuda"), ("triton", "triton_kernels"))}
+
+
 PHILOX_INTEGERS = library.define(
     "philox_integers(Tensor key, SymInt[] shape) -> Tensor integers",
     reference=reference.philox_integers,
     fake=lambda key, shape: key.new_empty(shape),
-    launchers={"triton": f"{LAUNCHERS}:philox_integers"},
+    launchers=launchers("philox_integers"),
     vmap=stream_vmap,
 )
 
@@ -213,7 +216,7 @@ PHILOX_UNIFORM = library.define(
     "philox_uniform(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor noise",
     reference=reference.philox_uniform,
     fake=lambda key, shape, dtype: key.new_empty(shape, dtype=dtype),
-    launchers={"triton": f"{LAUNCHERS}:philox_uniform"},
+    launchers=launchers("philox_uniform"),
     vmap=stream_vmap,
 )
 
@@ -221,7 +224,7 @@ PHILOX_NORMAL = library.define(
     "philox_normal(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor noise",
     reference=reference.philox_normal,
     fake=lambda key, shape, dtype: key.new_empty(shape, dtype=dtype),
-    launchers={"triton": f"{LAUNCHERS}:philox_normal"},
+    launchers=launchers("philox_normal"),
     vmap=stream_vmap,
 )
 
@@ -229,6 +232,6 @@ FOLD_IN = library.define(
     "fold_in(Tensor key, Tensor i) -> Tensor folded",
     reference=reference.fold_in,
     fake=lambda key, i: key.new_empty(key.shape),
-    launchers={"triton": f"{LAUNCHERS}:fold_in"},
+    launchers=launchers("fold_in"),
     vmap=fold_in_vmap,
 )

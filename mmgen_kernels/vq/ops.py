@@ -16,6 +16,7 @@ PRECISIONS = ("exact", "fast")
 GRADIENTS = ("straight_through", "rotation")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_CODES = 2**31 - 1
+LAUNCHERS = {"cuda": "mmgen_kernels.vq.cuda", "triton": "mmgen_kernels.vq.triton_kernels"}
 
 
 class VQOutput(NamedTuple):
@@ -198,7 +199,7 @@ NEAREST_CODE = library.define(
     "nearest_code(Tensor x, Tensor codebook, Tensor? mask, str metric, str precision) -> Tensor indices",
     reference=reference.nearest_code,
     fake=nearest_code_fake,
-    launchers={"triton": "mmgen_kernels.vq.triton_kernels:nearest_code"},
+    launchers={name: f"{module}:nearest_code" for name, module in LAUNCHERS.items()},
     vmap=nearest_code_vmap,
 )
 
@@ -212,4 +213,8 @@ VECTOR_QUANTIZE = library.define(
     " bool legacy_beta, str gradient, bool need_grad_x, bool need_grad_codebook) -> (Tensor grad_x, Tensor grad_codebook)",
     backward_reference=reference.vector_quantize_backward,
     backward_fake=vector_quantize_backward_fake,
+    launchers={
+        name: (f"{module}:vector_quantize", "mmgen_kernels.vq.reference:vector_quantize_backward")
+        for name, module in LAUNCHERS.items()
+    },
 )

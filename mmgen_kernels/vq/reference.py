@@ -44,6 +44,13 @@ def vector_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Differentiable by autograd, so that it is the oracle of `vector_quantize_backward` too."""
     indices = nearest_code(x.detach(), codebook.detach(), mask, metric, precision)
+    return quantize(x, codebook, indices, beta, legacy_beta, gradient)
+
+
+def quantize(
+    x: Tensor, codebook: Tensor, indices: Tensor, beta: float, legacy_beta: bool, gradient: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `vector_quantize` returns, once the lookup is done; whoever has a faster lookup only uses it too."""
     dtype = torch.promote_types(x.dtype, codebook.dtype)
     codes = gather(codebook, indices).to(dtype)  # (..., D)
     rows = x.to(dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_interpreter import Interpreter
+from triton_interpreter import Interpreter, with_gradients
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery.vq.data import DATA_SETS, rand, randn
@@ -83,6 +83,16 @@ def test_heads_mask_and_strides(interpreter):
     mask = rand(2, 3, 5, seed=3) < 0.7
     for metric in ops.METRICS:
         assert_exact(interpreter, x, codebook, metric, mask)
+
+
+@pytest.mark.parametrize("gradient", ops.GRADIENTS)
+def test_vector_quantize_takes_its_lookup(interpreter, gradient):
+    """What surrounds the lookup is the reference's, to the bit."""
+    x, codebook = DATA_SETS["clusters"](12, 40, 5, torch.float32, torch.float32)
+    mask = rand(12, seed=3) < 0.7
+    found = interpreter.vector_quantize(x, codebook, gradient=gradient, mask=mask)
+    expected = with_gradients("reference", x.clone(), codebook.clone(), gradient=gradient, mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_opcheck(interpreter):

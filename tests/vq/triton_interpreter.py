@@ -38,6 +38,13 @@ class Interpreter:
         answer = self.pool.submit(answer_in_process, request.getvalue()).result()
         return torch.load(io.BytesIO(answer))
 
+    def vector_quantize(self, x, codebook, **options):
+        """Its results, and the gradients of their sum to x and to the codebook."""
+        request = io.BytesIO()
+        torch.save((x, codebook, options), request)
+        answer = self.pool.submit(quantize_in_process, request.getvalue()).result()
+        return torch.load(io.BytesIO(answer))
+
     def opcheck(self, *arguments):
         self.pool.submit(opcheck_in_process, arguments).result()
 
@@ -58,6 +65,21 @@ def answer_in_process(request):
     answer = io.BytesIO()
     torch.save(indices, answer)
     return answer.getvalue()
+
+
+def quantize_in_process(request):
+    x, codebook, options = torch.load(io.BytesIO(request))
+    answer = io.BytesIO()
+    torch.save(with_gradients("triton", x, codebook, **options), answer)
+    return answer.getvalue()
+
+
+def with_gradients(implementation, x, codebook, **options):
+    x, codebook = x.requires_grad_(), codebook.requires_grad_()
+    with mk.use_backend(implementation):
+        results = mk.vector_quantize(x, codebook, **options)
+        gradients = torch.autograd.grad(results.quantized.sum() + results.loss, (x, codebook))
+    return [r.detach() for r in (*results, *gradients)]
 
 
 def opcheck_in_process(arguments):

@@ -1,5 +1,5 @@
 """Triton kernels of the family and their launchers, imported at the first call."""
 
-from mmgen_kernels.vq.triton_kernels.nearest_code import nearest_code
+from mmgen_kernels.vq.triton_kernels.nearest_code import nearest_code, vector_quantize
 
-__all__ = ["nearest_code"]
+__all__ = ["nearest_code", "vector_quantize"]

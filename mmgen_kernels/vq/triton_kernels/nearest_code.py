@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mmgen_kernels.vq import reference
 from mmgen_kernels.vq.reference import with_heads
 from mmgen_kernels.vq.triton_kernels import prepare, search
 
@@ -137,3 +138,11 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, 
             METRIC=metric, HAS_MASK=valid is not None, D_PAD=c.d_pad, BLOCK_D=block_d, **SETTLING,
         )  # fmt: skip
     return indices.view(x.shape[:-1])
+
+
+def vector_quantize(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, beta: float, legacy_beta: bool, gradient: str, metric: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launcher of the operator: the lookup here, gather and losses in plain PyTorch, like the backward."""
+    indices = nearest_code(x, codebook, mask, metric, precision)
+    return reference.quantize(x, codebook, indices, beta, legacy_beta, gradient)

@@ -1,0 +1,22 @@
+// The operator implementations that CUDA C++ brings: operators of a namespace of their own, called by the launchers in
+// mmgen_kernels/<family>/cuda.py.
+#include <torch/csrc/stable/library.h>
+
+#include "philox/tensors.h"
+#include "vq/tensors.h"
+
+STABLE_TORCH_LIBRARY(mmgen_kernels_cuda, m) {
+  m.def("nearest_code(Tensor x, Tensor codebook, Tensor? mask, str metric, str precision) -> Tensor");
+  m.def("philox_integers(Tensor key, SymInt[] shape) -> Tensor");
+  m.def("philox_uniform(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
+  m.def("philox_normal(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
+  m.def("fold_in(Tensor key, Tensor i) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels_cuda, CUDA, m) {
+  m.impl("nearest_code", TORCH_BOX(&mmgen_kernels::vq::nearest_code_cuda));
+  m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cuda));
+  m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cuda));
+  m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cuda));
+  m.impl("fold_in", TORCH_BOX(&mmgen_kernels::philox::fold_in_cuda));
+}
