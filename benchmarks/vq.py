@@ -83,6 +83,19 @@ def _ours_fp32(x, codebook):
     return call
 
 
+def _ours_by(implementation: str) -> Callable:
+    def make(x, codebook):
+        import mmgen_kernels as mk
+
+        def call():
+            with mk.use_backend(implementation):
+                return mk.nearest_code(x, codebook)
+
+        return call
+
+    return make
+
+
 def _our_step(x, codebook, upstream):
     import mmgen_kernels as mk
 
@@ -96,6 +109,8 @@ def _our_step(x, codebook, upstream):
 OURS = Contestant("ours", _ours("exact"), requires="mmgen_kernels", exact=True)
 OURS_FAST = Contestant("ours-fast", _ours("fast"), requires="mmgen_kernels")
 OURS_FP32 = Contestant("ours-fp32", _ours_fp32, requires="mmgen_kernels._probe", devices=("cpu",), exact=True)
+OURS_TRITON = Contestant("ours-triton", _ours_by("triton"), requires="triton", devices=("cuda",), exact=True)
+OURS_CUDA = Contestant("ours-cuda", _ours_by("cuda"), requires="mmgen_kernels", devices=("cuda",), exact=True)
 OURS_ON_GAUSSIAN = Contestant(
     "ours-on-gaussian", _ours("exact"), requires="mmgen_kernels", exact=True, inputs="gaussian"
 )
@@ -105,6 +120,8 @@ LOOKUPS = (
     OURS,
     OURS_FAST,
     OURS_FP32,
+    OURS_TRITON,
+    OURS_CUDA,
     faiss_cpu.nearest_code,
     scikit_learn.nearest_code,
     compiled.nearest_code,

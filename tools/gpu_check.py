@@ -24,7 +24,7 @@ def stages(family: str, device: str, out: Path) -> dict[str, tuple[int, list[str
     return {
         "info": (60, ["-m", "mmgen_kernels.cli", "info"]),
         "tests": (240, tests),
-        "check": (90, ["-m", "mmgen_kernels.cli", "check"]),
+        "check": (90, ["-m", "mmgen_kernels.cli", "check", "--device", device, "--family", family]),
         "race": (90, race),
     }
 
