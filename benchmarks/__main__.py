@@ -125,7 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entered = chosen(options.contestants, contestants, "contestant")
     settings = harness.Settings(options.seconds, options.rounds, memory=not options.no_memory)
     if options.quick:
-        settings = dataclasses.replace(settings, seconds=min(options.seconds, 1.0), min_rounds=min(options.rounds, 3))
+        quick = {"seconds": min(options.seconds, 1.0), "min_rounds": min(options.rounds, 3), "max_rounds": 10}
+        settings = dataclasses.replace(settings, **quick)
+    if device.type == "cuda":
+        settings = dataclasses.replace(settings, quiet_seconds=0.0)  # no threads that spin
     stamp = machine.stamp(options.family, device, options.threads)
     stamp |= {"settings": dataclasses.asdict(settings), "contestants": entered}
     picked = [
