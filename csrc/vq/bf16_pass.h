@@ -52,7 +52,7 @@ struct Bf16Format {
   }
 
   // A row's products: x, or x1, x1, x2; then ones for the norm. Returns an upper bound of the norm of what is left out, to which
-  // the product of both second parts, which no score has, adds |x2| |c2| / |c| <= 2^-9 (1 + 2^-8) |x2|.
+  // the product of both second parts, which no score has, adds |x2| |c2| / |c| <= 2^-8 (1 + 2^-8) |x2|.
   static float row(const float* values, int64_t dim, const Units&, std::byte* bytes) {
     auto* out = reinterpret_cast<uint16_t*>(bytes);
     std::fill(out + products_of(dim), out + summed_products(dim), uint16_t{0});
@@ -60,7 +60,7 @@ struct Bf16Format {
     if (!in_two_parts(dim)) return round_to_bf16(values, dim, out);
     const auto [rest, second] = round_to_two_bf16(values, dim, out, out + 2 * dim);
     std::copy_n(out, dim, out + dim);
-    return rest + 0.002f * second;
+    return rest + 0.004f * second;
   }
 
   // A code's: c, or c1, c2, c1; then the norm.
