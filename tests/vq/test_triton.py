@@ -148,6 +148,7 @@ def assert_good_code(requests):
         assert not code["block_pointers"], where
         if kernel == "sweep":
             assert MATRIX[capability] in code["instructions"], where
+            assert ("UTMALDG" in code["instructions"]) == (capability >= 90), where  # codes come by tensor descriptor
         else:
             assert code["fused"] == 0, where
         if kernel == "settle" and metric != "cosine":  # whose division and root are made of them

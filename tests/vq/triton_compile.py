@@ -36,7 +36,7 @@ def argument_type(name, constants):
 def facts(kernel, capability, dim, metric):
     c = configuration(dim, divmod(capability, 10))
     function = getattr(search, kernel, None) or getattr(prepare, kernel)
-    values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k}
+    values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "DESCRIPTORS": c.descriptors}
     values |= {"METRIC": metric, "HAS_MASK": metric == "l2", "WIDE": False}
     values["BLOCK_D"] = c.block_d if kernel == "sweep" else 16 if kernel == "mean_code" else min(64, c.d_pad)
     if not values["HAS_MASK"]:
@@ -44,6 +44,8 @@ def facts(kernel, capability, dim, metric):
     names = function.arg_names
     constants = {name: values[name] for name in names if name in values}
     types = {name: argument_type(name, constants) for name in names}
+    if kernel == "sweep" and c.descriptors:
+        types["codes"] = f"tensordesc<fp16[{c.block_k},{c.block_d}]>"
     options = {"sweep": c.options(), "settle": SETTLING}.get(kernel, PREPARING)
     source = ASTSource(
         fn=function,
@@ -65,7 +67,7 @@ def facts(kernel, capability, dim, metric):
         "stack": stack + local,
         "shared": compiled.metadata.shared + static,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        "instructions": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code))),
+        "instructions": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTMALDG)\b", code))),
         "fused": compiled.asm["ptx"].count("fma.rn.f64"),
         "fused_in_code": len(re.findall(r"\bDFMA\b", code)),
         "block_pointers": "make_tensor_ptr" in compiled.asm["ttir"],

@@ -15,12 +15,28 @@ CHUNKS = tl.constexpr(128)  # minima that it reads at a time
 NONE = tl.constexpr(2**62)
 
 
+@triton.jit
+def tile_of_codes(
+    codes, start, step, DESCRIPTORS: tl.constexpr, D_PAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Components step .. step + BLOCK_D of the codes start .. start + BLOCK_K: (BLOCK_D, BLOCK_K)."""
+    if DESCRIPTORS:
+        tile = codes.load([start.to(tl.int32), step]).T
+    else:
+        k = start + tl.arange(0, BLOCK_K)
+        tile = tl.load(codes + k[None, :] * D_PAD + step + tl.arange(0, BLOCK_D)[:, None])
+    return tile
+
+
 @triton.jit(do_not_specialize=["N", "K_PAD", "tiles", "tiles_per_chunk", "chunks", "chunks_per_split"])
 def sweep(
     rows, codes, half_squares, ratios, minima, N, K_PAD, tiles, tiles_per_chunk, chunks, chunks_per_split,
-    D_PAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, D_PAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """minima (H, chunks, N): the smallest score of each chunk of codes. A score is ratio |c|^2 / 2 - x.c, smaller is nearer."""
+    """minima (H, chunks, N): the smallest score of each chunk of codes. A score is ratio |c|^2 / 2 - x.c, smaller is nearer.
+
+    `codes` is a pointer to (H, K_PAD, D_PAD), or, with DESCRIPTORS, the descriptor of its (H K_PAD, D_PAD) rows.
+    """
     row_blocks = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0)
     h = (block // row_blocks).to(tl.int64)
@@ -37,14 +53,14 @@ def sweep(
     best = tl.full((BLOCK_N,), float("inf"), tl.float32)
     for tile in range(first, last):
         start = h * K_PAD + tile * BLOCK_K
-        c_pointers = codes + (start + k[None, :]) * D_PAD + d[:, None]
         if BLOCK_D == D_PAD:
-            products = tl.dot(x, tl.load(c_pointers))
+            products = tl.dot(x, tile_of_codes(codes, start, 0, DESCRIPTORS, D_PAD, BLOCK_D, BLOCK_K))
         else:
             products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
             for step in range(0, D_PAD, BLOCK_D):
                 x_part = tl.load(x_pointers + step, mask=inside[:, None], other=0.0)
-                products = tl.dot(x_part, tl.load(c_pointers + step), products)
+                c_part = tile_of_codes(codes, start, step, DESCRIPTORS, D_PAD, BLOCK_D, BLOCK_K)
+                products = tl.dot(x_part, c_part, products)
         score = ratio[:, None] * tl.load(half_squares + start + k)[None, :] - products
         best = tl.minimum(best, tl.min(score, 1))
         after = tile + tl.full((), 1, tl.int64)
