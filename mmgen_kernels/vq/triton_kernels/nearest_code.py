@@ -145,8 +145,8 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, 
         )  # fmt: skip
         search.sweep[heads * triton.cdiv(N, c.block_n), cuts](
             packed_rows, pass_codes, half_squares, ratios, minima, N, k_pad, tiles, tiles_per_chunk, chunks,
-            triton.cdiv(chunks, cuts), DESCRIPTORS=descriptors, D_PAD=c.d_pad, BLOCK_D=c.block_d, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-            **c.options(),
+            triton.cdiv(chunks, cuts), DESCRIPTORS=descriptors,
+            D_PAD=c.d_pad, BLOCK_D=c.block_d, BLOCK_N=c.block_n, BLOCK_K=c.block_k, **c.options(),
         )  # fmt: skip
         search.settle[N, heads](
             rows, *rows.stride(), *book, valid, *((0, 0) if valid is None else valid.stride()),
