@@ -8,10 +8,14 @@
 #include <chrono>
 #include <map>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "philox/philox_simt.h"
 #include "simd/fma_peak.h"
+#include "simd/vec_scalar.h"
+#pragma GCC diagnostic ignored "-Wunused-function"  // of a pass only its format is looked at here
+#include "vq/bf16_pass.h"
 #include "vq/nearest_code.h"
 #include "vq/nearest_code_simt.h"
 
@@ -56,6 +60,18 @@ std::pair<py::array_t<int64_t>, std::map<std::string, int64_t>> nearest_code(con
            {"exact_values", counters.exact_values},
            {"deferred_rows", counters.deferred_rows},
            {"brute_force_rows", counters.brute_force_rows}}};
+}
+
+// The products that the bf16 pass adds up for a row and a code, summed in fp64, and its bounds of what each of them leaves out.
+std::tuple<double, float, float> bf16_product(const std::vector<float>& row, const std::vector<float>& code) {
+  using Format = vq::Bf16Format<simd::Scalar<16>>;
+  const int64_t dim = row.size(), products = Format::summed_products(dim);
+  std::vector<uint16_t> packed_row(products), packed_code(products);
+  const float row_rest = Format::row(row.data(), dim, reinterpret_cast<std::byte*>(packed_row.data()));
+  const float code_rest = Format::code(code.data(), 0, dim, reinterpret_cast<std::byte*>(packed_code.data()));
+  double sum = 0;
+  for (int64_t i = 0; i < products; ++i) sum += double(vq::from_bf16(packed_row[i])) * vq::from_bf16(packed_code[i]);
+  return {sum, row_rest, code_rest};
 }
 
 // x (H, N, D) and codebook (H, K, D) of the dtypes named, 16-bit ones as integers; the CUDA kernels on fibers.
@@ -159,6 +175,7 @@ PYBIND11_MODULE(_probe, m) {
   m.def("selected", [] { return std::string(name(selected())); }, "The one that operators use now.");
   m.def("nearest_code", &nearest_code, py::arg("x"), py::arg("codebook"), py::arg("metric") = "l2",
         py::arg("instruction_set"), py::arg("exact") = true, "(indices, counters) by one instruction set.");
+  m.def("bf16_product", &bf16_product, "(products of the bf16 pass for a row and a code, what the row, what the code left out).");
   m.def("nearest_code_by_fibers", &nearest_code_by_fibers, py::arg("x"), py::arg("x_dtype"), py::arg("codebook"),
         py::arg("codebook_dtype"), py::arg("mask"), py::arg("metric"), py::arg("blocks"), py::arg("backwards"),
         "Indices (H, N) by the CUDA kernels, run by g++; `blocks` fill the chip.");

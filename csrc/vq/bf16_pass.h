@@ -32,7 +32,6 @@ inline std::pair<float, float> round_to_two_bf16(const float* values, int64_t di
 template <class V>
 struct Bf16Format {
   using Vec = V;
-  using Sum = float;
   static constexpr int64_t products = 32;   // of a step
   static constexpr int64_t norm_parts = 3;  // in bf16, which hold an fp32 number
 
@@ -45,15 +44,9 @@ struct Bf16Format {
   // Whether three products of the last step are free for the norm's parts.
   static constexpr bool norm_rides_along(int64_t dim) { return products_of(dim) + norm_parts <= summed_products(dim); }
 
-  static Sum norm(float value, const Units&) { return value; }
-  static void store(Vec best, const Units&, float* minima, float* row_minima) {
-    best.store(minima);
-    min(best, Vec::load(row_minima)).store(row_minima);
-  }
-
   // A row's products: x, or x1, x1, x2; then ones for the norm. Returns an upper bound of the norm of what is left out, to which
   // the product of both second parts, which no score has, adds |x2| |c2| / |c| <= 2^-8 (1 + 2^-8) |x2|.
-  static float row(const float* values, int64_t dim, const Units&, std::byte* bytes) {
+  static float row(const float* values, int64_t dim, std::byte* bytes) {
     auto* out = reinterpret_cast<uint16_t*>(bytes);
     std::fill(out + products_of(dim), out + summed_products(dim), uint16_t{0});
     if (norm_rides_along(dim)) std::fill_n(out + products_of(dim), norm_parts, to_bf16(1.0f));
@@ -64,7 +57,7 @@ struct Bf16Format {
   }
 
   // A code's: c, or c1, c2, c1; then the norm.
-  static float code(const float* values, float norm, int64_t dim, const Units&, std::byte* bytes) {
+  static float code(const float* values, float norm, int64_t dim, std::byte* bytes) {
     auto* out = reinterpret_cast<uint16_t*>(bytes);
     std::fill(out + products_of(dim), out + summed_products(dim), uint16_t{0});
     if (norm_rides_along(dim)) {

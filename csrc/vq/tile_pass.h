@@ -2,7 +2,7 @@
 //
 // A panel is two groups of 16 rows, [group][step][lane of the step][row]; a tile is 16 codes, [step][code][64 bytes]; a step is one
 // product of a tile of codes and one of rows, 16 scores by 16. `Engine` has eight tile registers, to be loaded, multiplied and stored
-// by number. `Format` says how many steps a score takes, whether its norm is among their products, and what becomes of sums.
+// by number. `Format` says how many steps a score takes and whether its norm is among their products.
 #pragma once
 
 #include <algorithm>
@@ -30,42 +30,41 @@ int64_t tile_bytes(int64_t dim) {
 
 // Format::row writes the products of one row; a lane of four bytes moves like one float.
 template <class Format>
-void pack_panel(const float* flat, int64_t dim, const Units& units, std::byte* panel, float* residuals) {
+void pack_panel(const float* flat, int64_t dim, const Units&, std::byte* panel, float* residuals) {
   const int64_t row_bytes = Format::steps_of(dim) * step_bytes / lanes;
   float* scratch = scratch_of(lanes * row_bytes / int64_t{sizeof(float)});
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t r = g * lanes; r < (g + 1) * lanes; ++r)
-      residuals[r] = Format::row(flat + r * dim, dim, units, reinterpret_cast<std::byte*>(scratch) + r % lanes * row_bytes);
+      residuals[r] = Format::row(flat + r * dim, dim, reinterpret_cast<std::byte*>(scratch) + r % lanes * row_bytes);
     interleave<lanes>(scratch, row_bytes / 4, reinterpret_cast<float*>(panel + g * Format::steps_of(dim) * step_bytes));
   }
 }
 
 template <class Format>
-void pack_tile(const float* flat, const float* norms, int64_t dim, const Units& units, std::byte* tile, float* residuals) {
+void pack_tile(const float* flat, const float* norms, int64_t dim, const Units&, std::byte* tile, float* residuals) {
   constexpr int64_t piece = step_bytes / lanes;
   const int64_t steps = Format::steps_of(dim);
   auto* code = reinterpret_cast<std::byte*>(scratch_of(steps * piece / int64_t{sizeof(float)}));
   for (int64_t j = 0; j < lanes; ++j) {
-    residuals[j] = Format::code(flat + j * dim, norms[j], dim, units, code);
+    residuals[j] = Format::code(flat + j * dim, norms[j], dim, code);
     for (int64_t s = 0; s < steps; ++s) std::memcpy(tile + s * step_bytes + j * piece, code + s * piece, piece);
     if (Format::norm_rides_along(dim)) continue;
-    const typename Format::Sum norm = Format::norm(norms[j], units);
-    auto* spread = reinterpret_cast<typename Format::Sum*>(tile + steps * step_bytes) + j * lanes;
-    std::fill_n(spread, lanes, norm);
+    std::fill_n(reinterpret_cast<float*>(tile + steps * step_bytes) + j * lanes, lanes, norms[j]);
   }
 }
 
 // minima = the smallest of each row's scores in one product [code][row]; row_minima = min(itself, that).
-template <class Format>
-inline void take_minimum(const typename Format::Sum* sums, const Units& units, float* minima, float* row_minima) {
-  using Vec = typename Format::Vec;
+template <class Vec>
+inline void take_minimum(const float* sums, float* minima, float* row_minima) {
   constexpr int W = Vec::width;
   for (int64_t r = 0; r < lanes; r += W) {
     Vec chain[4];
     for (int j = 0; j < 4; ++j) chain[j] = Vec::load(sums + j * lanes + r);
 #pragma GCC unroll 16
     for (int j = 4; j < lanes; ++j) chain[j % 4] = min(chain[j % 4], Vec::load(sums + j * lanes + r));
-    Format::store(min(min(chain[0], chain[1]), min(chain[2], chain[3])), units, minima + r, row_minima + r);
+    const Vec best = min(min(chain[0], chain[1]), min(chain[2], chain[3]));
+    best.store(minima + r);
+    min(best, Vec::load(row_minima + r)).store(row_minima + r);
   }
 }
 
@@ -74,10 +73,10 @@ inline void take_minimum(const typename Format::Sum* sums, const Units& units, f
 
 // One step with the norm in it. Three tiles of codes stay in registers while all rows pass, and a sum begins its next
 // product as soon as it is stored. On one Xeon 40 cycles a product; 63 with 2 x 2 tiles loaded for each block.
-template <class Format, class Engine>
-void sweep_one_step(Engine& engine, const std::byte* panels, int64_t panel_count, const std::byte* tiles, int64_t count,
-                    const Units& units, float* minima, int64_t minima_stride, float* row_minima) {
-  alignas(64) typename Format::Sum sums[3][lanes * lanes];
+template <class Vec, class Engine>
+void sweep_one_step(Engine& engine, const std::byte* panels, int64_t panel_count, const std::byte* tiles, int64_t count, float* minima,
+                    int64_t minima_stride, float* row_minima) {
+  alignas(64) float sums[3][lanes * lanes];
   for (int64_t t = 0; t < count; t += 3) {
     const int64_t last = std::min<int64_t>(2, count - t - 1);  // of these tiles; those past it repeat it
     const auto begin = [&]<int SUM, int CODES, int ROWS>() {
@@ -87,7 +86,7 @@ void sweep_one_step(Engine& engine, const std::byte* panels, int64_t panel_count
     const auto finish = [&]<int SUM, int CODES, int NEXT>(bool more, float* out, float* row_out) {
       engine.template store<SUM>(sums[SUM]);
       if (more) begin.template operator()<SUM, CODES, NEXT>();
-      if (SUM <= last) take_minimum<Format>(sums[SUM], units, out + SUM * groups * lanes, row_out);
+      if (SUM <= last) take_minimum<Vec>(sums[SUM], out + SUM * groups * lanes, row_out);
     };
     const auto group = [&]<int NEXT>(int64_t g) {
       const bool more = g + 1 < panel_count * groups;
@@ -114,16 +113,17 @@ void sweep_one_step(Engine& engine, const std::byte* panels, int64_t panel_count
 // Any number of steps: 2 x 2 products of tiles at a time, whose minima are taken while the next ones are under way.
 template <class Format, class Engine>
 void sweep_steps(Engine& engine, const std::byte* panels, int64_t panel_count, const std::byte* tiles, int64_t dim, int64_t count,
-                 const Units& units, float* minima, int64_t minima_stride, float* row_minima) {
+                 float* minima, int64_t minima_stride, float* row_minima) {
+  using Vec = typename Format::Vec;
   const int64_t steps = Format::steps_of(dim), group_bytes = steps * step_bytes, stride = tile_bytes<Format>(dim);
-  alignas(64) typename Format::Sum sums[2][2][groups][lanes * lanes];
+  alignas(64) float sums[2][2][groups][lanes * lanes];
   float *pending_minima = nullptr, *pending_row_minima = nullptr;
   int64_t pending_tiles = 0;
   int parity = 0;  // of the sums to be written next; the others are pending
   const auto finish_pending = [&] {
     for (int64_t u = 0; u < pending_tiles; ++u)
       for (int64_t g = 0; g < groups; ++g)
-        take_minimum<Format>(sums[1 - parity][u][g], units, pending_minima + (u * groups + g) * lanes, pending_row_minima + g * lanes);
+        take_minimum<Vec>(sums[1 - parity][u][g], pending_minima + (u * groups + g) * lanes, pending_row_minima + g * lanes);
   };
   for (int64_t t = 0; t < count; t += 2) {
     const std::byte* first = tiles + t * stride;
@@ -167,12 +167,12 @@ void sweep_steps(Engine& engine, const std::byte* panels, int64_t panel_count, c
 
 template <class Format, class Engine>
 void sweep_tiles(const std::byte* panels, int64_t panel_count, const std::byte* tiles, int64_t dim, int64_t count,
-                 const Units& units, float* minima, int64_t minima_stride, float* row_minima) {
+                 const Units&, float* minima, int64_t minima_stride, float* row_minima) {
   Engine engine;
   if (Format::steps_of(dim) == 1 && Format::norm_rides_along(dim))
-    sweep_one_step<Format>(engine, panels, panel_count, tiles, count, units, minima, minima_stride, row_minima);
+    sweep_one_step<typename Format::Vec>(engine, panels, panel_count, tiles, count, minima, minima_stride, row_minima);
   else
-    sweep_steps<Format>(engine, panels, panel_count, tiles, dim, count, units, minima, minima_stride, row_minima);
+    sweep_steps<Format>(engine, panels, panel_count, tiles, dim, count, minima, minima_stride, row_minima);
 }
 
 template <class Format, class Engine>

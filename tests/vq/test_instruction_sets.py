@@ -145,6 +145,25 @@ def test_rows_and_codes_of_every_magnitude_need_no_brute_force(instruction_set):
     assert counters["brute_force_rows"] == 0 and counters["exact_values"] <= far * len(codebook)
 
 
+PRODUCTS = {
+    "gaussian": lambda dim, seed: (randn(dim, seed=seed), randn(dim, seed=seed + 100)),
+    # bf16 leaves out as much as it can, 2^-8 of each component, and what two parts leave out is the product of these
+    "halfway": lambda dim, seed: (torch.full((dim,), 1 + 2.0**-8), torch.full((dim,), (-1.0) ** seed * (1 + 2.0**-8))),
+    "offset": lambda dim, seed: (100 + randn(dim, seed=seed), 100 + randn(dim, seed=seed + 100)),
+}
+
+
+@pytest.mark.parametrize("data", PRODUCTS)
+@pytest.mark.parametrize("dim", (1, 2, 8, 9, 10, 31, 100))
+def test_what_bf16_leaves_out_is_within_its_bound(dim, data):
+    """The products of a row and a code against the bound that certifies them; the sums' own roundings are not in either."""
+    for seed in range(20):
+        x, c = (v.float().double() for v in PRODUCTS[data](dim, seed))
+        products, of_row, of_code = probe.bf16_product(x.tolist(), c.tolist())
+        bound = of_row * c.norm() + (x.norm() + of_row) * of_code
+        assert abs(products - x.dot(c)) <= bound * (1 + 1e-12)
+
+
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_fast_evaluates_nothing_in_fp64(instruction_set):
     x, codebook = fp32("gaussian", 512, 512, 16)
