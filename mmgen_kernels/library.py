@@ -43,6 +43,7 @@ class Operator:
         self.name = parsed.name.removeprefix(f"{NAMESPACE}::")
         self.inputs = [a.name for a in parsed.arguments]
         self.outputs = [r.name for r in parsed.returns]
+        self.written = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.reference, self.fake, self.launchers = reference, fake, launchers
         self.backward: Operator | None = None
         self.sources: list[tuple[str, int]] = []  # where each argument of the backward comes from
@@ -58,7 +59,7 @@ class Operator:
             self.overloads[overload] = getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), overload)
             torch.library.register_fake(self.overloads[overload], fake, lib=LIBRARY)
             # the rule calls the very overload that was called, or vmap would undo the choice of implementation
-            rule = functools.partial(vmap or vmap_by_loop, self.overloads[overload])
+            rule = functools.partial(vmap or functools.partial(vmap_by_loop, self), self.overloads[overload])
             torch.library.register_vmap(self.overloads[overload], rule, lib=LIBRARY)
         self.overloads["cpp"] = self.overloads["default"]
         OPERATORS[self.name] = self
@@ -73,7 +74,10 @@ class Operator:
         if self.backward is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return _Eager.apply(self, implementation, *args)
         with BelowAutograd():
-            return overload(*args)
+            output = overload(*args)
+        for i in self.written:  # below autograd nobody else tells it that what it may have saved is no longer there
+            torch.autograd.graph.increment_version(args[i])
+        return output
 
     # -- autograd by names --------------------------------------------------------------------------------------------
 
@@ -200,16 +204,22 @@ def _python_kernel(function: Callable) -> Callable:
     def kernel(*args):
         with BelowAutograd(), NoAutocast():
             output = function(*args)
+        if output is None:  # of an operator that writes its arguments
+            return None
         return tuple(o.contiguous() for o in output) if isinstance(output, tuple) else output.contiguous()
 
     return kernel
 
 
-def vmap_by_loop(call: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple:
+def vmap_by_loop(operator: Operator, call: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple:
     """The rule of operators that bring none: one call per sample, stacked. Right for every operator, fast for none."""
+    if alone := [operator.inputs[i] for i in operator.written if not isinstance(in_dims[i], int)]:
+        raise ValueError(f"{NAMESPACE}: {operator.name} writes {', '.join(alone)}, which must be batched too under vmap")
     calls = []
     for sample in range(info.batch_size):
         calls.append(call(*[a.select(d, sample) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]))
+    if not operator.outputs:
+        return None, None
     if isinstance(calls[0], tuple):
         return tuple(torch.stack(o) for o in zip(*calls, strict=True)), (0,) * len(calls[0])
     return torch.stack(calls), 0
@@ -229,7 +239,8 @@ def define(
     """Registers an operator, and its backward if it has one.
 
     Args:
-        forward, backward: schemas without namespace; every argument and every result of them bears a name.
+        forward, backward: schemas without namespace; every argument and every result of them bears a name. A forward may write
+            arguments, ``Tensor(a!) codebook``, and then returns nothing and has no backward.
         reference, backward_reference: plain PyTorch with the schema's signature; serves every device without a kernel.
         fake, backward_fake: the shapes, dtypes and memory formats of the results.
         launchers: implementation -> "module:function" (a pair, forward and backward, where there is a backward).

@@ -35,7 +35,7 @@ def test_the_wheel_holds_both_packages_and_the_extension(built):
     with zipfile.ZipFile(built[1]) as wheel:
         names = set(wheel.namelist())
         facts = json.loads(wheel.read("mmgen_kernels/_build.json"))
-    wanted = {"_C.abi3.so", "_build.json", "py.typed", "library.py", "vq/ops.py"}
+    wanted = {"_C.abi3.so", "_build.json", "py.typed", "library.py", "vq/ops/lookup.py"}
     assert {f"mmgen_kernels/{name}" for name in wanted} <= names
     assert "mmgen/__init__.py" in names
     assert facts["built"]

@@ -1,4 +1,4 @@
-"""The public functions of the family: what they compute, what they check, their schemas and fakes."""
+"""nearest_code and vector_quantize: what they compute, their schemas and fakes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from torch import Tensor
 
 from mmgen_kernels import backends, library
 from mmgen_kernels.vq import reference
+from mmgen_kernels.vq.ops.checks import FAMILY, check_gradient, check_lookup, check_number
 
-FAMILY = "vq"
-METRICS = ("l2", "cosine", "dot")
-PRECISIONS = ("exact", "fast")
-GRADIENTS = ("straight_through", "rotation")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MAX_CODES = 2**31 - 1
 LAUNCHERS = {"cuda": "mmgen_kernels.vq.cuda", "triton": "mmgen_kernels.vq.triton_kernels"}
 
 
@@ -59,7 +54,7 @@ def nearest_code(
 
     Source: van den Oord et al., Neural Discrete Representation Learning, 2017, eq. 1-2. The bound behind "exact": docs/vq.md.
     """
-    check(x, codebook, mask, metric, precision)
+    check_lookup(x, codebook, mask, metric, precision)
     return NEAREST_CODE(backends.choose(NEAREST_CODE, FAMILY, x.device.type), x, codebook, mask, metric, precision)
 
 
@@ -105,51 +100,15 @@ def vector_quantize(
 
     Source: van den Oord et al. 2017, eq. 3; Fifty et al., Restructuring Vector Quantization with the Rotation Trick, 2024.
     """
-    check(x, codebook, mask, metric, precision)
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-    if not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    check_lookup(x, codebook, mask, metric, precision)
+    check_gradient(gradient)
+    check_number("beta", beta)
     if not isinstance(legacy_beta, bool):  # a tensor would become a bool by a host sync
         raise TypeError(f"legacy_beta must be a bool, got {type(legacy_beta).__name__}")
     implementation = backends.choose(VECTOR_QUANTIZE, FAMILY, x.device.type)
     return VQOutput(
         *VECTOR_QUANTIZE(implementation, x, codebook, mask, float(beta), legacy_beta, gradient, metric, precision)
     )
-
-
-def check(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> None:
-    """Metadata only: a look at a value would stop the GPU."""
-    for name, tensor in (("x", x), ("codebook", codebook)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
-    if codebook.dim() not in (2, 3):
-        raise ValueError(f"codebook must be (K, D) or (H, K, D), got shape {tuple(codebook.shape)}")
-    if x.dim() < codebook.dim() - 1:
-        raise ValueError(f"x must be (H, ..., D) for a codebook (H, K, D), got shape {tuple(x.shape)}")
-    if x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(f"x and codebook must agree in D, got x {tuple(x.shape)} and codebook {tuple(codebook.shape)}")
-    if codebook.dim() == 3 and x.shape[0] != codebook.shape[0]:
-        raise ValueError(f"x and codebook must agree in H, got x {tuple(x.shape)} and codebook {tuple(codebook.shape)}")
-    if not 1 <= codebook.shape[-2] <= MAX_CODES:
-        raise ValueError(f"codebook must hold 1 to 2^31 - 1 codes, got K = {codebook.shape[-2]}")
-    if codebook.shape[-1] < 1:
-        raise ValueError(f"codebook must have D >= 1, got shape {tuple(codebook.shape)}")
-    if x.device != codebook.device:
-        raise ValueError(f"codebook must be on x's device {x.device}, got {codebook.device}")
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must have x's leading shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
-        if mask.device != x.device:
-            raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 # -- registration -----------------------------------------------------------------------------------------------------

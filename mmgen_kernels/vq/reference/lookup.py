@@ -1,7 +1,4 @@
-"""Vector quantization in plain PyTorch: the oracle of the tests, the fallback on any device, the baseline of the benchmarks.
-
-Shapes: x (..., D) with codebook (K, D), or x (H, ..., D) with codebook (H, K, D).
-"""
+"""nearest_code and vector_quantize in plain PyTorch."""
 
 from __future__ import annotations
 
