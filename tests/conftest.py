@@ -11,6 +11,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "unpoisoned: torch's own algorithms as users have them, uninitialised memory as it comes")
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
