@@ -3,17 +3,35 @@
 from mmgen_kernels import backends
 from mmgen_kernels.backends import backend_report, use_backend
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
-from mmgen_kernels.vq.ops import VQOutput, nearest_code, vector_quantize
+from mmgen_kernels.vq.ops import (
+    CodeStatistics,
+    KMeansOutput,
+    VQOutput,
+    code_statistics,
+    gather_codes,
+    kmeans,
+    nearest_code,
+    replace_dead_codes_,
+    update_codebook_ema_,
+    vector_quantize,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "CodeStatistics",
+    "KMeansOutput",
     "VQOutput",
     "backend_report",
+    "code_statistics",
     "fold_in",
+    "gather_codes",
+    "kmeans",
     "nearest_code",
     "philox_integers",
     "philox_normal",
     "philox_uniform",
+    "replace_dead_codes_",
+    "update_codebook_ema_",
     "use_backend",
     "vector_quantize",
 ]

@@ -7,15 +7,14 @@
 #include <limits>
 #include <numeric>
 
+#include "vq/parallel.h"
+#include "vq/rows_by_code.h"
+#include "vq/write_row.h"
+
 namespace mmgen_kernels::vq {
 namespace {
 
 constexpr int64_t chunk = 256;  // rows whose losses are summed before the chunks are
-
-template <class F>
-void parallel(int64_t count, int64_t work_per_item, const F& f) {
-  if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(1, 32 * 1024 / std::max<int64_t>(1, work_per_item)), f);
-}
 
 ScalarType promote(ScalarType a, ScalarType b) {
   if (a == b) return a;
@@ -23,33 +22,6 @@ ScalarType promote(ScalarType a, ScalarType b) {
   return ScalarType::Float;
 }
 ScalarType at_least_float(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
-
-uint16_t to_bf16(double value) {
-  const float f = static_cast<float>(value);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  if (std::isnan(f)) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// Row `row` of a contiguous (rows, dim) tensor of any float dtype.
-void write_row(void* data, Float dtype, int64_t row, int64_t dim, const double* values) {
-  switch (dtype) {
-    case Float::fp64:
-      std::copy_n(values, dim, static_cast<double*>(data) + row * dim);
-      break;
-    case Float::fp32:
-      for (int64_t d = 0; d < dim; ++d) static_cast<float*>(data)[row * dim + d] = static_cast<float>(values[d]);
-      break;
-    case Float::bf16:
-      for (int64_t d = 0; d < dim; ++d) static_cast<uint16_t*>(data)[row * dim + d] = to_bf16(values[d]);
-      break;
-    case Float::fp16:
-      for (int64_t d = 0; d < dim; ++d)
-        static_cast<torch::headeronly::Half*>(data)[row * dim + d] = torch::headeronly::Half(static_cast<float>(values[d]));
-      break;
-  }
-}
 
 Tensor scalar(const Tensor& like, double value, ScalarType dtype) {
   Tensor out = empty_like_with(like, {}, dtype);
@@ -174,33 +146,19 @@ std::tuple<Tensor, Tensor> vector_quantize_backward_cpu(
 
   Tensor grad_codebook = empty_like_with(quantized, {0}, quantized.scalar_type());
   if (need_grad_codebook) {
-    // Rows sorted by code with a counting sort, which is stable; each code then sums its rows in their order.
-    const int64_t num_codes = codebook_shape[codebook_shape.size() - 2], slots = rows.heads * num_codes;
     grad_codebook = empty_like_with(quantized, codebook_shape, quantized.scalar_type());
     void* out = grad_codebook.mutable_data_ptr();
     const Float dtype = float_of(quantized.scalar_type());
-    std::vector<int64_t> start(slots + 1, 0), order(valid);
-    // an index that is out of range, which only a direct call can bring, is clamped: never a write out of bounds
-    const auto slot = [&](int64_t i) { return (i / count) * num_codes + std::min(index[i], num_codes - 1); };
-    for (int64_t i = 0; i < total; ++i)
-      if (index[i] >= 0) ++start[slot(i) + 1];
-    std::partial_sum(start.begin(), start.end(), start.begin());
-    std::vector<int64_t> next(start.begin(), start.end() - 1);
-    for (int64_t i = 0; i < total; ++i)
-      if (index[i] >= 0) order[next[slot(i)]++] = i;
-    parallel(slots, dim * (1 + valid / slots), [&](int64_t begin, int64_t end) {
-      std::vector<double> row(dim), code(dim), sum(dim);
-      for (int64_t k = begin; k < end; ++k) {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int64_t j = start[k]; j < start[k + 1]; ++j) {
-          const int64_t h = order[j] / count, n = order[j] - h * count;
-          read_row(rows.head(h), n, row.data());
-          read_row(codes.head(h), n, code.data());
-          for (int64_t d = 0; d < dim; ++d) sum[d] += to_codebook * (code[d] - row[d]);
-        }
-        write_row(out, dtype, k, dim, sum.data());
-      }
-    });
+    const RowsByCode sorted(index, nullptr, rows.heads, count, codebook_shape[codebook_shape.size() - 2]);
+    const auto add = [&](int64_t i, double* sum) {
+      const int64_t h = i / count, n = i - h * count;
+      thread_local std::vector<double> row, code;
+      row.resize(dim), code.resize(dim);
+      read_row(rows.head(h), n, row.data());
+      read_row(codes.head(h), n, code.data());
+      for (int64_t d = 0; d < dim; ++d) sum[d] += to_codebook * (code[d] - row[d]);
+    };
+    sum_by_code(sorted, dim, add, [&](int64_t slot, const double* sum) { write_row(out, dtype, slot, dim, sum); });
   }
   return {grad_x, grad_codebook};
 }

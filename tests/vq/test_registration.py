@@ -54,8 +54,43 @@ def samples(name):
             yield *some, *rest, True, True
             yield *every, *rest, True, False
             yield None, torch.ones_like(loss), None, None, *rest, False, True
+    elif name in CODEBOOK_SAMPLES:
+        yield from CODEBOOK_SAMPLES[name]()
     else:
         raise AssertionError(f"{name} has no samples: add them")
+
+
+def indexed():
+    """x, indices and a codebook, without heads and with."""
+    for lead in ((), (2,)):
+        yield torch.randn(*lead, 5, 4), torch.randint(-1, 8, (*lead, 5)), torch.randn(*lead, 7, 4)
+
+
+def trained(lead, dtype=torch.float32):
+    return torch.randn(*lead, 7, 4).to(dtype), torch.rand(*lead, 7) * 4, torch.randn(*lead, 7, 4)
+
+
+CODEBOOK_SAMPLES = {
+    "gather_codes": lambda: ((c.clone().requires_grad_(), i) for _, i, c in indexed()),
+    "gather_codes_backward": lambda: ((x, i, list(c.shape)) for x, i, c in indexed()),
+    "code_statistics": lambda: (
+        (x.clone().to(dtype).requires_grad_(), i, mask, 7, c.dim() == 3, wide)
+        for x, i, c in indexed()
+        for mask in (None, i > 2)
+        for dtype, wide in ((torch.float32, torch.float32), (torch.bfloat16, torch.float64))
+    ),
+    "code_statistics_backward": lambda: ((c, x.bfloat16(), i, None) for x, i, c in indexed()),
+    "update_codebook_ema_": lambda: (
+        (*trained(lead, dtype), torch.randint(0, 5, (*lead, 7)), torch.randn(*lead, 7, 4), 0.9, 1e-5, True)
+        for lead in ((), (2,))
+        for dtype in (torch.float32, torch.float16)
+    ),
+    "replace_dead_codes_": lambda: (
+        (*trained(lead), torch.randn(*lead, 5, 4), mask, torch.tensor([1, 2]), 2.0, 1.0, False)
+        for lead in ((), (2,))
+        for mask in (None, torch.rand(*lead, 5) > 0.3)
+    ),
+}
 
 
 def overloads():

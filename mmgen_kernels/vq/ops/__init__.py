@@ -1,6 +1,31 @@
 """The public functions of the family: what they compute, what they check, their schemas and fakes."""
 
 from mmgen_kernels.vq.ops.checks import DTYPES, FAMILY, GRADIENTS, METRICS, PRECISIONS
+from mmgen_kernels.vq.ops.codebook import (
+    CodeStatistics,
+    KMeansOutput,
+    code_statistics,
+    gather_codes,
+    kmeans,
+    replace_dead_codes_,
+    update_codebook_ema_,
+)
 from mmgen_kernels.vq.ops.lookup import VQOutput, nearest_code, vector_quantize
 
-__all__ = ["DTYPES", "FAMILY", "GRADIENTS", "METRICS", "PRECISIONS", "VQOutput", "nearest_code", "vector_quantize"]
+__all__ = [
+    "DTYPES",
+    "FAMILY",
+    "GRADIENTS",
+    "METRICS",
+    "PRECISIONS",
+    "CodeStatistics",
+    "KMeansOutput",
+    "VQOutput",
+    "code_statistics",
+    "gather_codes",
+    "kmeans",
+    "nearest_code",
+    "replace_dead_codes_",
+    "update_codebook_ema_",
+    "vector_quantize",
+]

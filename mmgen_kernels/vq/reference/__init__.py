@@ -3,6 +3,15 @@
 Shapes: x (..., D) with codebook (K, D), or x (H, ..., D) with codebook (H, K, D).
 """
 
+from mmgen_kernels.vq.reference.codebook import (
+    code_statistics,
+    code_statistics_backward,
+    gather_codes,
+    gather_codes_backward,
+    random_order,
+    replace_dead_codes_,
+    update_codebook_ema_,
+)
 from mmgen_kernels.vq.reference.lookup import (
     gather,
     nearest_code,
@@ -12,4 +21,18 @@ from mmgen_kernels.vq.reference.lookup import (
     with_heads,
 )
 
-__all__ = ["gather", "nearest_code", "quantize", "vector_quantize", "vector_quantize_backward", "with_heads"]
+__all__ = [
+    "code_statistics",
+    "code_statistics_backward",
+    "gather",
+    "gather_codes",
+    "gather_codes_backward",
+    "nearest_code",
+    "quantize",
+    "random_order",
+    "replace_dead_codes_",
+    "update_codebook_ema_",
+    "vector_quantize",
+    "vector_quantize_backward",
+    "with_heads",
+]

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from mmgen_kernels.vq.reference.codebook import code_statistics
+
 SCORES_AT_ONCE = 1 << 21  # fp64 scores held at a time (16 MiB): never an N x K matrix
 
 
@@ -130,15 +132,8 @@ def vector_quantize_backward(
         grad_x = total.to(x.dtype)
     if need_grad_codebook:
         per_row = -difference * (g_codebook + g_loss * (beta if legacy_beta else 1.0))
-        heads, (codes, dim) = (1 if len(codebook_shape) == 2 else codebook_shape[0]), codebook_shape[-2:]
-        # A stable sort by code and a sum in row order: the same bits in every run, which scatter_add_ does not promise.
-        per_head = indices.clamp(max=codes - 1).reshape(heads, indices.numel() // max(1, heads))  # (H, N)
-        slots = (per_head + codes * torch.arange(heads, device=x.device)[:, None]).view(-1)
-        slots = torch.where(valid.reshape(-1), slots, heads * codes)
-        order = slots.sort(stable=True)
-        counts = torch.zeros(heads * codes + 1, dtype=torch.int64, device=x.device).index_add_(0, slots, torch.ones_like(slots))
-        sums = torch.segment_reduce(per_row.reshape(-1, dim)[order.indices], "sum", lengths=counts, axis=0)
-        grad_codebook = sums[:-1].view(codebook_shape).to(quantized.dtype)
+        sums = code_statistics(per_row, indices, None, codebook_shape[-2], len(codebook_shape) == 3, torch.float64)[0]
+        grad_codebook = sums.to(quantized.dtype)
     return grad_x, grad_codebook
 
 
