@@ -8,11 +8,12 @@
 namespace mmgen_kernels::vq {
 
 Tensor gather_codes_cpu(const Tensor& codebook, const Tensor& indices);
-Tensor gather_codes_backward_cpu(const Tensor& grad_codes, const Tensor& indices, std::vector<int64_t> codebook_shape);
+Tensor gather_codes_backward_cpu(const std::optional<Tensor>& grad_codes, const Tensor& indices,
+                                 std::vector<int64_t> codebook_shape);
 
 std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& indices, const std::optional<Tensor>& mask,
                                                int64_t num_codes, bool heads, ScalarType dtype);
-Tensor code_statistics_backward_cpu(const Tensor& grad_sums, const Tensor& x, const Tensor& indices,
+Tensor code_statistics_backward_cpu(const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& indices,
                                     const std::optional<Tensor>& mask);
 
 void update_codebook_ema_cpu(Tensor codebook, Tensor cluster_size, Tensor code_sum, const Tensor& counts, const Tensor& sums,

@@ -81,10 +81,12 @@ Tensor gather_codes_cpu(const Tensor& codebook, const Tensor& indices) {
   return out;
 }
 
-Tensor gather_codes_backward_cpu(const Tensor& grad_codes, const Tensor& indices, std::vector<int64_t> codebook_shape) {
-  const bool heads = codebook_shape.size() == 3;
-  return std::get<0>(code_statistics_cpu(grad_codes, indices, std::nullopt, codebook_shape[codebook_shape.size() - 2], heads,
-                                         grad_codes.scalar_type()));
+Tensor gather_codes_backward_cpu(const std::optional<Tensor>& grad_codes, const Tensor& indices,
+                                 std::vector<int64_t> codebook_shape) {
+  if (!grad_codes.has_value()) return torch::stable::fill_(empty_like_with(indices, codebook_shape, ScalarType::Float), 0);
+  const int64_t num_codes = codebook_shape[codebook_shape.size() - 2];
+  const ScalarType dtype = grad_codes->scalar_type();
+  return std::get<0>(code_statistics_cpu(*grad_codes, indices, std::nullopt, num_codes, codebook_shape.size() == 3, dtype));
 }
 
 std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& indices, const std::optional<Tensor>& mask,
@@ -115,12 +117,13 @@ std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& in
   return {sums, counts};
 }
 
-Tensor code_statistics_backward_cpu(const Tensor& grad_sums, const Tensor& x, const Tensor& indices,
+Tensor code_statistics_backward_cpu(const std::optional<Tensor>& grad_sums, const Tensor& x, const Tensor& indices,
                                     const std::optional<Tensor>& mask) {
-  const HeadRows sums(grad_sums, grad_sums.dim() == 3);
+  Tensor grad_x = empty_like_with(x, sizes_of(x), x.scalar_type());
+  if (!grad_sums.has_value()) return torch::stable::fill_(grad_x, 0);
+  const HeadRows sums(*grad_sums, grad_sums->dim() == 3);
   const Dense<int64_t> index(indices);
   const Mask valid(mask);
-  Tensor grad_x = empty_like_with(x, sizes_of(x), x.scalar_type());
   if (grad_x.numel() > 0)
     gather(sums, index.data, valid.data(), indices.numel() / sums.heads, grad_x.mutable_data_ptr(), float_of(x.scalar_type()));
   return grad_x;

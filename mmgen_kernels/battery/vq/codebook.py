@@ -113,7 +113,7 @@ def with_nan(make: Callable) -> Callable:
     return spoilt
 
 
-def averages(lead: tuple[int, ...], num_codes: int, dim: int, *, normalize: bool = False, zero: bool = False) -> Callable:
+def averages(lead: tuple[int, ...], num_codes: int, dim: int, *, normalize: bool = False) -> Callable:
     """A codebook of `dtype` with averages in fp32 or better, and the statistics of a batch."""
 
     def make(dtype: torch.dtype) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def averages(lead: tuple[int, ...], num_codes: int, dim: int, *, normalize: bool
         counts = randint(0, 9, (*lead, num_codes), 3)
         return {
             "codebook": randn(*lead, num_codes, dim, seed=1).to(dtype),
-            "cluster_size": (torch.zeros if zero else rand)(*lead, num_codes, **({} if zero else {"seed": 2})).to(kept) * 8,
+            "cluster_size": rand(*lead, num_codes, seed=2).to(kept) * 8,
             "code_sum": randn(*lead, num_codes, dim, seed=4).to(kept),
             "counts": counts,
             "sums": (randn(*lead, num_codes, dim, seed=5) * counts[..., None]).to(kept),

@@ -368,9 +368,11 @@ GATHER_CODES = library.define(
     "gather_codes(Tensor codebook, Tensor indices) -> Tensor codes",
     reference=reference.gather_codes,
     fake=lambda codebook, indices: codebook.new_empty((*indices.shape, codebook.shape[-1])),
-    backward="gather_codes_backward(Tensor grad_codes, Tensor indices, SymInt[] codebook_shape) -> Tensor grad_codebook",
+    backward="gather_codes_backward(Tensor? grad_codes, Tensor indices, SymInt[] codebook_shape) -> Tensor grad_codebook",
     backward_reference=reference.gather_codes_backward,
-    backward_fake=lambda grad_codes, indices, codebook_shape: grad_codes.new_empty(codebook_shape),
+    backward_fake=lambda grad_codes, indices, codebook_shape: indices.new_empty(
+        codebook_shape, dtype=torch.float32 if grad_codes is None else grad_codes.dtype
+    ),
 )
 
 CODE_STATISTICS = library.define(
@@ -378,7 +380,7 @@ CODE_STATISTICS = library.define(
     " -> (Tensor sums, Tensor counts)",  # opcheck differentiates the sum of all outputs, begun with the first: no integers
     reference=reference.code_statistics,
     fake=code_statistics_fake,
-    backward="code_statistics_backward(Tensor grad_sums, Tensor x, Tensor indices, Tensor? mask) -> Tensor grad_x",
+    backward="code_statistics_backward(Tensor? grad_sums, Tensor x, Tensor indices, Tensor? mask) -> Tensor grad_x",
     backward_reference=reference.code_statistics_backward,
     backward_fake=lambda grad_sums, x, indices, mask: x.new_empty(x.shape),
 )

@@ -21,7 +21,9 @@ def gather_codes(codebook: Tensor, indices: Tensor) -> Tensor:
     return torch.where(per_head >= 0, codes.gather(1, places), 0).view(*indices.shape, codebook.shape[-1])
 
 
-def gather_codes_backward(grad_codes: Tensor, indices: Tensor, codebook_shape: list[int]) -> Tensor:
+def gather_codes_backward(grad_codes: Tensor | None, indices: Tensor, codebook_shape: list[int]) -> Tensor:
+    if grad_codes is None:
+        return torch.zeros(codebook_shape, device=indices.device)
     heads = len(codebook_shape) == 3
     return code_statistics(grad_codes, indices, None, codebook_shape[-2], heads, torch.float64)[0].to(grad_codes.dtype)
 
@@ -44,7 +46,9 @@ def code_statistics(
     return sums[:-1].to(dtype).view(*lead, num_codes, x.shape[-1]), counts[:-1].view(*lead, num_codes)
 
 
-def code_statistics_backward(grad_sums: Tensor, x: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+def code_statistics_backward(grad_sums: Tensor | None, x: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor:
+    if grad_sums is None:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
     rows = gather_codes(grad_sums, indices if mask is None else indices.masked_fill(~mask, -1))
     return rows.to(x.dtype)
 
