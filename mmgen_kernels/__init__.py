@@ -1,6 +1,6 @@
 """Fused operations for multimodal generative models."""
 
-from mmgen_kernels import backends
+from mmgen_kernels import backends, nn
 from mmgen_kernels.backends import backend_report, use_backend
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
 from mmgen_kernels.vq.ops import (
@@ -27,6 +27,7 @@ __all__ = [
     "gather_codes",
     "kmeans",
     "nearest_code",
+    "nn",
     "philox_integers",
     "philox_normal",
     "philox_uniform",

@@ -1,0 +1,5 @@
+"""Modules of all families."""
+
+from mmgen_kernels.vq.modules import CodeUsage, EMAVectorQuantizer, VectorQuantizer
+
+__all__ = ["CodeUsage", "EMAVectorQuantizer", "VectorQuantizer"]
