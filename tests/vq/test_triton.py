@@ -20,6 +20,7 @@ DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may have
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 BENCHMARKED = (3, 8, 32, 64, 128, 256, 512, 1024)  # D
+TRAINING = ("gather_rows", "sum_runs", "join_runs", "average_sizes", "average_codes")
 PREPARATION = ("sum_codes", "mean_code", "centred_norms", "pack_codes", "pack_rows")
 
 
@@ -158,12 +159,12 @@ def assert_good_code(requests):
 def test_compiles_without_spills():
     """The widest tiles of each chip, the smallest, those cut along D, and every other kernel once."""
     sweeps = [["sweep", 80, 256, ""], ["sweep", 90, 256, ""], ["sweep", 90, 8, ""], ["sweep", 100, 256, ""], ["sweep", 90, 512, ""]]
-    assert_good_code([*sweeps, ["settle", 90, 256, "l2"], *([kernel, 90, 256, "cosine"] for kernel in PREPARATION)])
+    assert_good_code([*sweeps, ["settle", 90, 256, "l2"], *([kernel, 90, 256, "cosine"] for kernel in (*PREPARATION, *TRAINING))])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_configuration_compiles_without_spills(capability):
     sweeps = [["sweep", capability, dim, ""] for dim in BENCHMARKED]
-    others = [[k, capability, d, m] for k in ("settle", *PREPARATION) for d in (8, 256) for m in ops.METRICS]
+    others = [[k, capability, d, m] for k in ("settle", *PREPARATION, *TRAINING) for d in (8, 256) for m in ops.METRICS]
     assert_good_code(sweeps + others)

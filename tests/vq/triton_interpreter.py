@@ -45,6 +45,10 @@ class Interpreter:
         answer = self.pool.submit(quantize_in_process, request.getvalue()).result()
         return torch.load(io.BytesIO(answer))
 
+    def judge(self, operator, name):
+        """(failures, repeatable) of each dtype of the battery's case, by the Triton kernels."""
+        return self.pool.submit(judge_in_process, operator, name).result()
+
     def opcheck(self, *arguments):
         self.pool.submit(opcheck_in_process, arguments).result()
 
@@ -80,6 +84,19 @@ def with_gradients(implementation, x, codebook, **options):
         results = mk.vector_quantize(x, codebook, **options)
         gradients = torch.autograd.grad(results.quantized.sum() + results.loss, (x, codebook))
     return [r.detach() for r in (*results, *gradients)]
+
+
+def judge_in_process(operator, name):
+    from mmgen_kernels import battery
+
+    (case,) = (c for c in battery.cases("vq") if c.operator == operator and c.name == name)
+    outcomes = []
+    for dtypes in case.dtypes:
+        judge = case.prepare(torch.device("cpu"), dtypes)
+        with mk.use_backend("triton"):
+            outcome = judge()
+        outcomes.append((outcome.failures, outcome.repeatable))
+    return outcomes
 
 
 def opcheck_in_process(arguments):

@@ -260,7 +260,7 @@ INDEXED = {
     "heads": rows_and_indices((3, 40), 7, 4, heads=True),
     "heads_mask": rows_and_indices((2, 5, 8), 7, 65, heads=True, masked=True),
     "mask": rows_and_indices((61,), 5, 33, masked=True),
-    "popular": rows_and_indices((3000,), 9, 12, popular=True),
+    "popular": rows_and_indices((700,), 9, 12, popular=True),
     "permuted": permuted(rows_and_indices((2, 9, 7), 6, 10)),
     "nan": with_nan(rows_and_indices((53,), 11, 5)),
 }

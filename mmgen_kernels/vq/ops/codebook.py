@@ -23,6 +23,7 @@ from mmgen_kernels.vq.ops.checks import (
 )
 from mmgen_kernels.vq.ops.lookup import nearest_code
 
+TRITON = "mmgen_kernels.vq.triton_kernels"
 SUM_DTYPES = (torch.float64, torch.float32)
 
 
@@ -373,6 +374,7 @@ GATHER_CODES = library.define(
     backward_fake=lambda grad_codes, indices, codebook_shape: indices.new_empty(
         codebook_shape, dtype=torch.float32 if grad_codes is None else grad_codes.dtype
     ),
+    launchers={"triton": (f"{TRITON}:gather_codes", f"{TRITON}:gather_codes_backward")},
 )
 
 CODE_STATISTICS = library.define(
@@ -383,6 +385,7 @@ CODE_STATISTICS = library.define(
     backward="code_statistics_backward(Tensor? grad_sums, Tensor x, Tensor indices, Tensor? mask) -> Tensor grad_x",
     backward_reference=reference.code_statistics_backward,
     backward_fake=lambda grad_sums, x, indices, mask: x.new_empty(x.shape),
+    launchers={"triton": (f"{TRITON}:code_statistics", f"{TRITON}:code_statistics_backward")},
 )
 
 UPDATE_CODEBOOK_EMA = library.define(
@@ -390,6 +393,7 @@ UPDATE_CODEBOOK_EMA = library.define(
     " float decay, float eps, bool normalize) -> ()",
     reference=reference.update_codebook_ema_,
     fake=writes,
+    launchers={"triton": f"{TRITON}:update_codebook_ema_"},
 )
 
 REPLACE_DEAD_CODES = library.define(
@@ -397,4 +401,6 @@ REPLACE_DEAD_CODES = library.define(
     " float threshold, float reset, bool normalize) -> ()",
     reference=reference.replace_dead_codes_,
     fake=writes,
+    # a sort, a gather and three writes of K codes: nothing that a kernel of ours would do better
+    launchers={"triton": "mmgen_kernels.vq.reference:replace_dead_codes_"},
 )

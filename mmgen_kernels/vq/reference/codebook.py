@@ -42,7 +42,11 @@ def code_statistics(
     ends = torch.searchsorted(ordered, torch.arange(H * num_codes + 1, device=x.device), right=True)  # (H K + 1,)
     counts = ends.diff(prepend=ends.new_zeros(1))
     rows = x.reshape(-1, x.shape[-1])[order].double()  # (H N, D)
-    sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0) if len(rows) else rows.new_zeros(len(counts), x.shape[-1])
+    if len(rows):
+        # unsafe: the lengths are right by construction, and to check them torch would wait for the GPU
+        sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
+    else:
+        sums = rows.new_zeros(len(counts), x.shape[-1])
     return sums[:-1].to(dtype).view(*lead, num_codes, x.shape[-1]), counts[:-1].view(*lead, num_codes)
 
 

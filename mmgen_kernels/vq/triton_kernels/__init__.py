@@ -1,5 +1,20 @@
 """Triton kernels of the family and their launchers, imported at the first call."""
 
+from mmgen_kernels.vq.triton_kernels.codebook import (
+    code_statistics,
+    code_statistics_backward,
+    gather_codes,
+    gather_codes_backward,
+    update_codebook_ema_,
+)
 from mmgen_kernels.vq.triton_kernels.nearest_code import nearest_code, vector_quantize
 
-__all__ = ["nearest_code", "vector_quantize"]
+__all__ = [
+    "code_statistics",
+    "code_statistics_backward",
+    "gather_codes",
+    "gather_codes_backward",
+    "nearest_code",
+    "update_codebook_ema_",
+    "vector_quantize",
+]
