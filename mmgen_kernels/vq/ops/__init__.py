@@ -2,5 +2,17 @@
 
 from mmgen_kernels.vq.ops.checks import DTYPES, FAMILY, GRADIENTS, METRICS, PRECISIONS
 from mmgen_kernels.vq.ops.lookup import VQOutput, nearest_code, vector_quantize
+from mmgen_kernels.vq.ops.residual import RVQOutput, residual_quantize
 
-__all__ = ["DTYPES", "FAMILY", "GRADIENTS", "METRICS", "PRECISIONS", "VQOutput", "nearest_code", "vector_quantize"]
+__all__ = [
+    "DTYPES",
+    "FAMILY",
+    "GRADIENTS",
+    "METRICS",
+    "PRECISIONS",
+    "RVQOutput",
+    "VQOutput",
+    "nearest_code",
+    "residual_quantize",
+    "vector_quantize",
+]

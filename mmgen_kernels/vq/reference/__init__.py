@@ -11,5 +11,16 @@ from mmgen_kernels.vq.reference.lookup import (
     vector_quantize_backward,
     with_heads,
 )
+from mmgen_kernels.vq.reference.residual import quantize_levels, residual_quantize, residual_quantize_backward
 
-__all__ = ["gather", "nearest_code", "quantize", "vector_quantize", "vector_quantize_backward", "with_heads"]
+__all__ = [
+    "gather",
+    "nearest_code",
+    "quantize",
+    "quantize_levels",
+    "residual_quantize",
+    "residual_quantize_backward",
+    "vector_quantize",
+    "vector_quantize_backward",
+    "with_heads",
+]
