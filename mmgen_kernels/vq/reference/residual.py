@@ -60,7 +60,7 @@ def quantize_levels(
         sound = sound & (distance_is_finite(of_x.detach()) | ~valid)
         spoil = torch.where(sound, 1.0, torch.nan).to(wide)  # a factor, so that the row's gradient is NaN too
         terms = valid.sum().clamp(min=1).to(wide) * x.shape[-1]
-        commitment, codebook = (torch.where(valid, d * spoil, 0).square().sum() / terms for d in (of_x, of_codes))
+        commitment, codebook = (sum_of_squares(torch.where(valid, d * spoil, 0)) / terms for d in (of_x, of_codes))
         losses.append(codebook + beta * commitment)
         residual = torch.where(valid, of_x * spoil, residual)
         total = torch.where(valid, codes.detach() if level == 0 else total + codes.detach(), total)
@@ -146,6 +146,15 @@ def levels_taken(x: Tensor, levels: Tensor | None, mask: Tensor | None, depth: i
 def distance_is_finite(difference: Tensor) -> Tensor:
     """(..., D) -> (..., 1)"""
     return difference.double().square().sum(-1, keepdim=True).isfinite()
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """In an order that the sizes decide: what torch's sum of a whole tensor adds to what depends on the number of threads."""
+    sums = values.contiguous().square().sum(-1).view(-1)  # (N,)
+    while len(sums) > 1:
+        groups = -(-len(sums) // 256)
+        sums = torch.nn.functional.pad(sums, (0, 256 * groups - len(sums))).view(groups, 256).sum(-1)
+    return sums.sum()
 
 
 def sum_by_code(rows: Tensor, index: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
