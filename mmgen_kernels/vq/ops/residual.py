@@ -180,4 +180,7 @@ RESIDUAL_QUANTIZE = library.define(
     " -> (Tensor grad_x, Tensor grad_codebooks)",
     backward_reference=reference.residual_quantize_backward,
     backward_fake=residual_quantize_backward_fake,
+    launchers={
+        "triton": ("mmgen_kernels.vq.triton_kernels:residual_quantize", "mmgen_kernels.vq.reference:residual_quantize_backward")
+    },
 )
