@@ -27,16 +27,19 @@ std::unique_ptr<T[]> uninitialised(int64_t count) {
 class Codebooks {
  public:
   Codebooks(const Tensor& codebooks, const std::vector<int64_t>& sizes)
-      : tensor_(codebooks, codebooks.dim() == 3), first_(sizes.size() + 1, 0) {
+      : stacked_(codebooks.dim() == 3),
+        levels_(stacked_ ? codebooks.size(0) : static_cast<int64_t>(sizes.size())),
+        tensor_(is_shared(codebooks) ? torch::stable::select(codebooks, 0, 0) : codebooks, stacked_ && !is_shared(codebooks)),
+        first_(sizes.size() + 1, 0) {
     std::partial_sum(sizes.begin(), sizes.end(), first_.begin() + 1);
-    if (codebooks.dim() != 3 && first_.back() != tensor_.first.count)
+    if (!stacked_ && first_.back() != tensor_.first.count)
       throw std::runtime_error("residual_quantize: sizes must add up to the codes of codebooks");
   }
 
-  int64_t levels() const { return first_.size() > 1 ? static_cast<int64_t>(first_.size()) - 1 : tensor_.heads; }
+  int64_t levels() const { return levels_; }
 
   Rows level(int64_t l) const {
-    if (first_.size() == 1) return tensor_.head(l);
+    if (stacked_) return tensor_.head(l);  // of a shared codebook always the same rows
     Rows rows = tensor_.first;
     rows.data = static_cast<const char*>(rows.data) +
                 first_[l] * rows.row_stride * static_cast<int64_t>(tensor_.tensor.element_size());
@@ -45,9 +48,14 @@ class Codebooks {
   }
 
   // Codes of the levels before l, in what (L, K, D) and (sum of sizes, D) have in common: levels one behind the other.
-  int64_t codes_before(int64_t l) const { return first_.size() > 1 ? first_[l] : l * tensor_.first.count; }
+  int64_t codes_before(int64_t l) const { return stacked_ ? l * tensor_.first.count : first_[l]; }
 
  private:
+  // A copy of a strided codebook is then made once, not for every level.
+  static bool is_shared(const Tensor& codebooks) { return codebooks.dim() == 3 && codebooks.stride(0) == 0; }
+
+  const bool stacked_;
+  const int64_t levels_;
   HeadRows tensor_;
   std::vector<int64_t> first_;
 };
@@ -193,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, cons
           if (index[n] < 0) continue;
           T* sum = total + n * dim;
           with_row(codes, index[n], [&](const auto* code) {
-            if (l == 0) // not 0 + code, which would lose the sign of -0
+            if (l == 0)  // not 0 + code, which would lose the sign of -0
               for (int64_t d = 0; d < dim; ++d) sum[d] = static_cast<T>(widen(code[d]));
             else
               for (int64_t d = 0; d < dim; ++d) sum[d] += static_cast<T>(widen(code[d]));

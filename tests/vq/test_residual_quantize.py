@@ -584,19 +584,24 @@ def test_double_backward_is_refused(implementation):
 
 @pytest.mark.parametrize("overload", ("default", "reference"))
 def test_backward_takes_any_layout_and_clamps_indices(overload):
-    """Only a direct call brings transposed indices, or indices out of range."""
+    """Only a direct call brings transposed indices, indices out of range, or rows that leave a level out and take the next."""
     backward = OPERATORS["residual_quantize_backward"].overloads[overload]
-    x, upstream, codebooks = torch.randn(5, 2, 4), torch.randn(5, 2, 4), torch.randn(3, 7, 4)
+    x, upstream, codebooks = inputs(n=10, d=4)[0].view(5, 2, 4), randn(5, 2, 4, seed=3), inputs(d=4)[1]
     indices = torch.randint(-1, 7, (5, 2, 3))
     indices[0, 0], indices[1, 1] = 6, -1
     wild = indices.clone()
     wild[0, 0], wild[1, 1] = 2**40, -(2**40)
     turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (upstream, x, wild)]
     results = []
+    ones = torch.ones(1, dtype=torch.float64).expand(3)
     for g, rows, given in ((upstream, x, indices), (upstream, x, wild), turned):
-        results.append(backward(g, torch.ones(1).expand(3), rows, codebooks, given, [], 0.25, "rotation", True, True))
+        results.append(backward(g, ones, rows.detach(), codebooks.detach(), given, [], 0.25, "rotation", True, True))
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
+    out = reference.quantize_levels(x, codebooks, [], lambda level, _: indices[..., level], 0.25, "rotation", False)
+    expected = torch.autograd.grad((out[0], out[2]), (x, codebooks), (upstream, ones))
+    for got, true in zip(results[0], expected, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="the C++ part is not built")
