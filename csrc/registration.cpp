@@ -3,6 +3,7 @@
 
 #include "philox/tensors.h"
 #include "vq/codebook_training.h"
+#include "vq/residual_quantize.h"
 #include "vq/tensors.h"
 #include "vq/vector_quantize.h"
 
@@ -16,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("code_statistics_backward", TORCH_BOX(&mmgen_kernels::vq::code_statistics_backward_cpu));
   m.impl("update_codebook_ema_", TORCH_BOX(&mmgen_kernels::vq::update_codebook_ema_cpu));
   m.impl("replace_dead_codes_", TORCH_BOX(&mmgen_kernels::vq::replace_dead_codes_cpu));
+  m.impl("residual_quantize", TORCH_BOX(&mmgen_kernels::vq::residual_quantize_cpu));
+  m.impl("residual_quantize_backward", TORCH_BOX(&mmgen_kernels::vq::residual_quantize_backward_cpu));
   m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cpu));
   m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cpu));
   m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cpu));

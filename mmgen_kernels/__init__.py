@@ -6,12 +6,14 @@ from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, ph
 from mmgen_kernels.vq.ops import (
     CodeStatistics,
     KMeansOutput,
+    RVQOutput,
     VQOutput,
     code_statistics,
     gather_codes,
     kmeans,
     nearest_code,
     replace_dead_codes_,
+    residual_quantize,
     update_codebook_ema_,
     vector_quantize,
 )
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CodeStatistics",
     "KMeansOutput",
+    "RVQOutput",
     "VQOutput",
     "backend_report",
     "code_statistics",
@@ -32,6 +35,7 @@ __all__ = [
     "philox_normal",
     "philox_uniform",
     "replace_dead_codes_",
+    "residual_quantize",
     "update_codebook_ema_",
     "use_backend",
     "vector_quantize",

@@ -4,9 +4,9 @@
 #include <cmath>
 
 #include "philox.h"
+#include "vq/outputs.h"
 #include "vq/parallel.h"
 #include "vq/rows_by_code.h"
-#include "vq/write_row.h"
 
 namespace mmgen_kernels::vq {
 namespace {

@@ -11,16 +11,17 @@
 namespace mmgen_kernels::vq {
 
 // Slot h K + k is code k of head h. Its rows, numbered through all heads, are order[start[slot]] .. order[start[slot + 1] - 1],
-// ascending. A row with an index below 0, or not in the mask, is in no slot; an index past the end means the last code.
+// ascending. A row with an index below 0, or not in the mask, is in no slot; an index past the end means the last code. `stride` is
+// the distance from one row's index to the next row's.
 struct RowsByCode {
   int64_t slots;
   std::vector<int64_t> start, order;
 
-  RowsByCode(const int64_t* index, const bool* mask, int64_t heads, int64_t count, int64_t num_codes)
+  RowsByCode(const int64_t* index, const bool* mask, int64_t heads, int64_t count, int64_t num_codes, int64_t stride = 1)
       : slots(heads * num_codes), start(slots + 1, 0) {
     const auto slot_of = [&](int64_t h, int64_t i) -> int64_t {
-      if (index[i] < 0 || (mask != nullptr && !mask[i])) return -1;
-      return h * num_codes + std::min(index[i], num_codes - 1);
+      if (index[i * stride] < 0 || (mask != nullptr && !mask[i])) return -1;
+      return h * num_codes + std::min(index[i * stride], num_codes - 1);
     };
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t i = h * count; i < (h + 1) * count; ++i)

@@ -7,21 +7,14 @@
 #include <limits>
 #include <numeric>
 
+#include "vq/outputs.h"
 #include "vq/parallel.h"
 #include "vq/rows_by_code.h"
-#include "vq/write_row.h"
 
 namespace mmgen_kernels::vq {
 namespace {
 
 constexpr int64_t chunk = 256;  // rows whose losses are summed before the chunks are
-
-ScalarType promote(ScalarType a, ScalarType b) {
-  if (a == b) return a;
-  if (a == ScalarType::Double || b == ScalarType::Double) return ScalarType::Double;
-  return ScalarType::Float;
-}
-ScalarType at_least_float(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
 
 Tensor scalar(const Tensor& like, double value, ScalarType dtype) {
   Tensor out = empty_like_with(like, {}, dtype);
@@ -35,27 +28,6 @@ double value_of(const std::optional<Tensor>& scalar_tensor) {
   double value;
   read_row({scalar_tensor->const_data_ptr(), float_of(scalar_tensor->scalar_type()), 1, 1, 1}, 0, &value);
   return value;
-}
-
-// s R^T g of the rotation trick (mmgen_kernels/vq/reference.py: rotate_to), in place; unchanged where no rotation exists.
-void rotate_back(const double* x, const double* c, double* g, int64_t dim) {
-  double x_norm = 0, c_norm = 0;
-  for (int64_t d = 0; d < dim; ++d) x_norm += x[d] * x[d], c_norm += c[d] * c[d];
-  x_norm = std::sqrt(x_norm), c_norm = std::sqrt(c_norm);
-  if (!(x_norm > 0 && c_norm > 0)) return;
-  double r_squared = 0, r_dot_g = 0, q_dot_g = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    const double q = c[d] / c_norm, r = x[d] / x_norm + q;
-    r_squared += r * r;
-    r_dot_g += r * g[d];
-    q_dot_g += q * g[d];
-  }
-  if (!(r_squared > 0)) return;
-  const double s = c_norm / x_norm;
-  for (int64_t d = 0; d < dim; ++d) {
-    const double e = x[d] / x_norm, r = e + c[d] / c_norm;
-    g[d] = s * (g[d] - 2 * r * (r_dot_g / r_squared) + 2 * e * q_dot_g);
-  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """Every registered operator and overload with torch's machinery: opcheck, compile, export, autocast, double backward."""
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -56,6 +57,15 @@ def samples(name):
             yield None, torch.ones_like(loss), None, None, *rest, False, True
     elif name in CODEBOOK_SAMPLES:
         yield from CODEBOOK_SAMPLES[name]()
+    elif name == "residual_quantize":
+        yield from residual_samples()
+    elif name == "residual_quantize_backward":
+        for x, codebooks, sizes, *options in residual_samples():
+            quantized, indices, loss, *_ = OPERATORS["residual_quantize"].reference(x, codebooks, sizes, *options)
+            rest = (x.detach(), codebooks.detach(), indices, sizes, 0.25, "rotation")
+            yield torch.randn_like(quantized), torch.ones_like(loss), *rest, True, True
+            yield torch.randn_like(quantized), None, *rest, True, False
+            yield None, torch.ones_like(loss), *rest, False, True
     else:
         raise AssertionError(f"{name} has no samples: add them")
 
@@ -91,6 +101,19 @@ CODEBOOK_SAMPLES = {
         for mask in (None, torch.rand(*lead, 5) > 0.3)
     ),
 }
+
+
+def residual_samples():
+    """x, codebooks, sizes, levels, mask, depth and the rest of residual_quantize."""
+    x, codebooks = torch.randn(2, 5, 4), torch.randn(3, 7, 4)
+    permuted = torch.randn(2, 4, 5).transpose(1, 2)
+    levels, mask = torch.tensor([1, 3]), torch.rand(2, 5) > 0.3
+    for gradient, statistics in itertools.product(ops.GRADIENTS, (False, True)):
+        rest = (0.25, gradient, "l2", "exact", statistics)
+        yield x.clone().requires_grad_(), codebooks.clone().requires_grad_(), [], None, None, 3, *rest
+        yield permuted.detach().requires_grad_(), codebooks.clone().requires_grad_(), [], levels, mask, 3, *rest
+        yield x.half(), codebooks.flatten(0, 1).bfloat16().requires_grad_(), [4, 1, 16], None, mask, 2, *rest
+        yield x[0, 0].clone().requires_grad_(), codebooks[0].expand(3, 7, 4), [], None, None, 0, *rest
 
 
 def overloads():

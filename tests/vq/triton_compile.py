@@ -15,19 +15,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmgen_kernels.vq.triton_kernels import codebook, prepare, search
+from mmgen_kernels.vq.triton_kernels import codebook, prepare, residual, search
 from mmgen_kernels.vq.triton_kernels.nearest_code import PREPARING, SETTLING, configuration
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-FP16, FP32 = ("rows", "codes", "packed"), ("x", "codebook", "half_squares", "ratios", "minima", "out", "cluster_size", "code_sum")
-INT64 = ("indices", "order", "slots", "starts", "counts")
+FP16 = ("rows", "codes", "packed")
+FP32 = ("x", "codebook", "half_squares", "ratios", "minima", "out", "cluster_size", "code_sum",
+              "residual", "total")
+INT64 = ("index", "indices", "order", "slots", "starts", "counts")
 OTHER = {"mask": "*u8"} | dict.fromkeys(INT64, "*i64") | dict.fromkeys(("decay_high", "decay_low", "eps_high", "eps_low"), "fp32")
+INT32 = ("parts", "chunks", "codes_per_chunk", "tiles", "tiles_per_chunk", "chunks_per_split", "level", "blocks")
 
 
 def argument_type(name, constants):
     if name in constants:
         return "constexpr"
-    if name.isupper() or name in ("parts", "chunks", "codes_per_chunk", "tiles", "tiles_per_chunk", "chunks_per_split"):
+    if name.isupper() or name in INT32:
         return "i32"
     if re.fullmatch("(x|codebook|codes|sums|mask)_[hnkd]", name):
         return "i64" if name.endswith("_h") else "i32"
@@ -36,10 +39,11 @@ def argument_type(name, constants):
 
 def facts(kernel, capability, dim, metric):
     c = configuration(dim, divmod(capability, 10))
-    module = next(m for m in (search, prepare, codebook) if hasattr(m, kernel))
+    module = next(m for m in (search, prepare, codebook, residual) if hasattr(m, kernel))
     function = getattr(module, kernel)
     values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "DESCRIPTORS": c.descriptors}
-    values |= {"METRIC": metric, "HAS_MASK": metric == "l2", "WIDE": False, "NORMALIZE": metric == "cosine"}
+    values |= {"METRIC": metric, "HAS_MASK": metric == "l2", "WIDE": False}
+    values |= {"NORMALIZE": metric == "cosine", "FIRST": metric == "first"}
     values["BLOCK_D"] = c.block_d if kernel == "sweep" else 16 if kernel == "mean_code" else min(64, c.d_pad)
     if not values["HAS_MASK"]:
         values["mask"] = None
@@ -48,7 +52,8 @@ def facts(kernel, capability, dim, metric):
     types = {name: argument_type(name, constants) for name in names}
     if kernel == "sweep" and c.descriptors:
         types["codes"] = f"tensordesc<fp16[{c.block_k},{c.block_d}]>"
-    options = codebook.OPTIONS if module is codebook else {"sweep": c.options(), "settle": SETTLING}.get(kernel, PREPARING)
+    options = {"sweep": c.options(), "settle": SETTLING}.get(kernel, PREPARING)
+    options = {codebook: codebook.OPTIONS, residual: residual.LAUNCH}.get(module, options)
     source = ASTSource(
         fn=function,
         signature=types,

@@ -49,8 +49,15 @@ class Interpreter:
         """(failures, repeatable) of each dtype of the battery's case, by the Triton kernels."""
         return self.pool.submit(judge_in_process, operator, name).result()
 
-    def opcheck(self, *arguments):
-        self.pool.submit(opcheck_in_process, arguments).result()
+    def residual_quantize(self, x, codebooks, **options):
+        """Its results, and the gradients of their sum to x and to the codebooks."""
+        request = io.BytesIO()
+        torch.save((x, codebooks, options), request)
+        answer = self.pool.submit(quantize_residual_in_process, request.getvalue()).result()
+        return torch.load(io.BytesIO(answer))
+
+    def opcheck(self, *arguments, operator="nearest_code"):
+        self.pool.submit(opcheck_in_process, operator, arguments).result()
 
     def close(self):
         self.pool.shutdown()
@@ -99,8 +106,26 @@ def judge_in_process(operator, name):
     return outcomes
 
 
-def opcheck_in_process(arguments):
-    torch.library.opcheck(torch.ops.mmgen_kernels.nearest_code.triton, arguments)
+def quantize_residual_in_process(request):
+    x, codebooks, options = torch.load(io.BytesIO(request))
+    answer = io.BytesIO()
+    torch.save(residual_with_gradients("triton", x, codebooks, **options), answer)
+    return answer.getvalue()
+
+
+def residual_with_gradients(implementation, x, codebooks, sizes=None, shared=None, **options):
+    """codebooks are split into `sizes`, or expanded over `shared` levels, after the gradient has found them."""
+    x, codebooks = x.requires_grad_(), codebooks.requires_grad_()
+    given = codebooks.split(sizes) if sizes else codebooks.expand(shared, *codebooks.shape) if shared else codebooks
+    with mk.use_backend(implementation):
+        out = mk.residual_quantize(x, given, statistics=True, **options)
+        gradients = torch.autograd.grad(out.quantized.sum() + out.loss.sum(), (x, codebooks))
+    statistics = [torch.cat(s) if isinstance(s, list) else s for s in out[3:]]
+    return [r.detach() for r in (*out[:3], *statistics, *gradients)]
+
+
+def opcheck_in_process(operator, arguments):
+    torch.library.opcheck(getattr(torch.ops.mmgen_kernels, operator).triton, arguments)
 
 
 def prepare_process():

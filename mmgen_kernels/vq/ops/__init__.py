@@ -11,6 +11,7 @@ from mmgen_kernels.vq.ops.codebook import (
     update_codebook_ema_,
 )
 from mmgen_kernels.vq.ops.lookup import VQOutput, nearest_code, vector_quantize
+from mmgen_kernels.vq.ops.residual import RVQOutput, residual_quantize
 
 __all__ = [
     "DTYPES",
@@ -20,12 +21,14 @@ __all__ = [
     "PRECISIONS",
     "CodeStatistics",
     "KMeansOutput",
+    "RVQOutput",
     "VQOutput",
     "code_statistics",
     "gather_codes",
     "kmeans",
     "nearest_code",
     "replace_dead_codes_",
+    "residual_quantize",
     "update_codebook_ema_",
     "vector_quantize",
 ]

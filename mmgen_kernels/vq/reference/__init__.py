@@ -20,6 +20,7 @@ from mmgen_kernels.vq.reference.lookup import (
     vector_quantize_backward,
     with_heads,
 )
+from mmgen_kernels.vq.reference.residual import quantize_levels, residual_quantize, residual_quantize_backward
 
 __all__ = [
     "code_statistics",
@@ -29,8 +30,11 @@ __all__ = [
     "gather_codes_backward",
     "nearest_code",
     "quantize",
+    "quantize_levels",
     "random_order",
     "replace_dead_codes_",
+    "residual_quantize",
+    "residual_quantize_backward",
     "update_codebook_ema_",
     "vector_quantize",
     "vector_quantize_backward",

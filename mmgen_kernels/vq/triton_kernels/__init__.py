@@ -8,6 +8,7 @@ from mmgen_kernels.vq.triton_kernels.codebook import (
     update_codebook_ema_,
 )
 from mmgen_kernels.vq.triton_kernels.nearest_code import nearest_code, vector_quantize
+from mmgen_kernels.vq.triton_kernels.residual import residual_quantize
 
 __all__ = [
     "code_statistics",
@@ -15,6 +16,7 @@ __all__ = [
     "gather_codes",
     "gather_codes_backward",
     "nearest_code",
+    "residual_quantize",
     "update_codebook_ema_",
     "vector_quantize",
 ]
