@@ -1,5 +1,5 @@
 """Modules of all families."""
 
-from mmgen_kernels.vq.modules import CodeUsage, EMAVectorQuantizer, VectorQuantizer
+from mmgen_kernels.vq.modules import CodeUsage, EMAVectorQuantizer, ResidualVectorQuantizer, VectorQuantizer
 
-__all__ = ["CodeUsage", "EMAVectorQuantizer", "VectorQuantizer"]
+__all__ = ["CodeUsage", "EMAVectorQuantizer", "ResidualVectorQuantizer", "VectorQuantizer"]

@@ -1,16 +1,17 @@
-"""Quantizers as modules: mk.nn."""
+"""One codebook, or one per head: VectorQuantizer and EMAVectorQuantizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmgen_kernels.philox.ops import fold_in
+from mmgen_kernels.vq.modules.ranks import added_over_ranks, gathered, sum_dtype
+from mmgen_kernels.vq.modules.usage import CodeUsage, counts_of, usage_of
 from mmgen_kernels.vq.ops import (
     VQOutput,
     code_statistics,
@@ -20,13 +21,6 @@ from mmgen_kernels.vq.ops import (
     update_codebook_ema_,
     vector_quantize,
 )
-
-
-class CodeUsage(NamedTuple):
-    """How evenly the codes are used. Tensors, so that asking does not wait for the device."""
-
-    usage: Tensor  # () or (H,), share of the codes that some row chose
-    perplexity: Tensor  # () or (H,), exp of the entropy of the codes' frequencies: 1 to K
 
 
 class Quantizer(nn.Module):
@@ -238,14 +232,7 @@ class EMAVectorQuantizer(Quantizer):
         self.step.add_(1)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> EMAVectorQuantizer:
-        """Moves with the model, but averages stay in fp32 or better when it goes to half precision: (1 - decay) times a row would
-        vanish beside them."""
-        averages = {name: self.get_buffer(name) for name in ("codebook", "cluster_size", "code_sum")}
-        super()._apply(fn, recurse)
-        for name, before in averages.items():
-            after = self.get_buffer(name)
-            if after.dtype.itemsize < 4:
-                setattr(self, name, before.to(after.device))
+        keep_wide(self, ("codebook", "cluster_size", "code_sum"), lambda: super(EMAVectorQuantizer, self)._apply(fn, recurse))
         return self
 
     def start_from(self, codebook: Tensor, counts: Tensor) -> None:
@@ -254,52 +241,17 @@ class EMAVectorQuantizer(Quantizer):
         self.code_sum.copy_(self.codebook * self.cluster_size[..., None])
 
 
-# -- shared -----------------------------------------------------------------------------------------------------------
-
-
 def initial_codes(shape: tuple[int, ...], normalize: bool) -> Tensor:
     """Standard normal, as latents are; on the sphere if the codes live there."""
     codes = torch.randn(shape)
     return F.normalize(codes, dim=-1) if normalize else codes
 
 
-def counts_of(indices: Tensor, num_codes: int, heads: bool) -> Tensor:
-    """Rows of each code, (K,) or (H, K). Integers, so that the order in which a GPU adds does not matter."""
-    per_head = indices.reshape(len(indices) if heads else 1, -1)
-    slots = torch.where(per_head < 0, num_codes, per_head)  # (H, N); one more slot for rows without a code
-    counts = torch.zeros(len(per_head), num_codes + 1, dtype=torch.int64, device=indices.device)
-    counts = counts.scatter_add_(1, slots, torch.ones_like(slots))[:, :num_codes]
-    return counts if heads else counts[0]
-
-
-def usage_of(counts: Tensor) -> CodeUsage:
-    share = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-    entropy = -torch.special.xlogy(share, share).sum(-1)
-    return CodeUsage((counts > 0).float().mean(-1), entropy.exp().float())
-
-
-def several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def sum_dtype(kept: Tensor) -> torch.dtype:
-    """fp64 where several ranks add their sums before these are rounded."""
-    return torch.float64 if several_ranks() else kept.dtype
-
-
-def added_over_ranks(values: Tensor) -> Tensor:
-    if several_ranks():
-        dist.all_reduce(values)
-    return values
-
-
-def gathered(values: Tensor, dim: int) -> Tensor:
-    """All ranks' values, in the order of the ranks. They must have the same shape."""
-    if not several_ranks():
-        return values
-    values = values.contiguous()
-    if values.dtype == torch.bool:
-        return gathered(values.byte(), dim).bool()
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values)
-    return torch.cat(parts, dim)
+def keep_wide(module: nn.Module, names: tuple[str, ...], apply: Callable[[], object]) -> None:
+    """Averages stay in fp32 or better when the model goes to half precision: (1 - decay) times a row would vanish beside them."""
+    before = {name: module.get_buffer(name) for name in names}
+    apply()
+    for name, wide in before.items():
+        after = module.get_buffer(name)
+        if after.dtype.itemsize < 4:
+            setattr(module, name, wide.to(after.device))
