@@ -1,6 +1,6 @@
-// residual_quantize on the CPU: per level the lookup on a scratch residual, then one pass that takes the codes away from it. T is the
-// type of residuals: float, or double if any input is. Sums are in fp64 and in row order (per chunk of rows, chunks in order), so that
-// nothing depends on the number of threads.
+// residual_quantize on the CPU: per level the lookup on a scratch residual, then one pass that takes the codes away from it. T is
+// the type of residuals: float, or double if any input is. Sums are in fp64 and in row order (per chunk of rows, chunks in order),
+// so that nothing depends on the number of threads.
 #include "vq/residual_quantize.h"
 
 #include <algorithm>
@@ -68,8 +68,8 @@ void read_wide(const Rows& matrix, int64_t row, T* out) {
   });
 }
 
-// residual -= code k, one rounding per component, and returns the squared norm of what is left; where that is not finite the residual
-// becomes NaN as a whole. Eight sums, as one would wait for itself at every addition.
+// residual -= code k, one rounding per component, and returns the squared norm of what is left; where that is not finite the
+// residual becomes NaN as a whole. Eight sums, as one would wait for itself at every addition.
 template <class T>
 double subtract(const Rows& codes, int64_t k, T* residual) {
   with_row(codes, k, [&](const auto* code) {
@@ -106,22 +106,65 @@ std::vector<int64_t> levels_taken(const Tensor& x, const std::optional<Tensor>& 
   return taken;
 }
 
+// How many rows have each code of a level, and the sum of their residuals; the level's codes are `before` and on.
+template <class T>
+void add_up(const T* residual, const int64_t* index, int64_t count, int64_t num_codes, int64_t dim, int64_t before, Tensor& counts,
+            Tensor& sums) {
+  int64_t* count_out = static_cast<int64_t*>(counts.mutable_data_ptr()) + before;
+  void* sum_out = sums.mutable_data_ptr();
+  const Float dtype = float_of(sums.scalar_type());
+  const RowsByCode by_code(index, nullptr, 1, count, num_codes);
+  const auto add = [&](int64_t n, double* sum) {
+    for (int64_t d = 0; d < dim; ++d) sum[d] += double(residual[n * dim + d]);
+  };
+  sum_by_code(by_code, dim, add, [&](int64_t k, const double* sum) {
+    write_row(sum_out, dtype, before + k, dim, sum);
+    count_out[k] = by_code.count(k);
+  });
+}
+
+// Takes the codes of one level away from the residuals (N, D) and adds them to total (N, D). Returns the mean square of what is
+// left of the rows that have a code, 0 without any.
+template <class T>
+double advance(const Rows& codes, const int64_t* index, int64_t count, bool first, T* residual, T* total) {
+  const int64_t dim = codes.dim, chunks = (count + chunk - 1) / chunk;
+  std::vector<double> squares(chunks, 0.0);
+  std::vector<int64_t> active(chunks, 0);
+  parallel(chunks, chunk * dim, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * chunk; n < std::min(count, end * chunk); ++n) {
+      if (index[n] < 0) continue;
+      T* sum = total + n * dim;
+      with_row(codes, index[n], [&](const auto* code) {
+        if (first)  // not 0 + code, which would lose the sign of -0
+          for (int64_t d = 0; d < dim; ++d) sum[d] = static_cast<T>(widen(code[d]));
+        else
+          for (int64_t d = 0; d < dim; ++d) sum[d] += static_cast<T>(widen(code[d]));
+      });
+      const double squared = subtract(codes, index[n], residual + n * dim);
+      if (std::isnan(squared)) std::fill_n(sum, dim, std::numeric_limits<T>::quiet_NaN());
+      squares[n / chunk] += squared;
+      active[n / chunk] += 1;
+    }
+  });
+  const int64_t rows = std::max<int64_t>(1, std::accumulate(active.begin(), active.end(), int64_t{0}));
+  return std::accumulate(squares.begin(), squares.end(), 0.0) / (double(rows) * double(dim));
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& codebooks,
                                                            const std::vector<int64_t>& sizes,
                                                            const std::optional<Tensor>& levels,
                                                            const std::optional<Tensor>& mask, int64_t depth, double beta,
                                                            const std::string& metric, const std::string& precision,
-                                                           bool statistics) {
+                                                           std::optional<ScalarType> statistics) {
   constexpr bool is_double = std::is_same_v<T, double>;
   constexpr ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
   const HeadRows rows(x, false);
   const Codebooks books(codebooks, sizes);
   const int64_t count = rows.first.count, dim = rows.first.dim, num_levels = books.levels();
-  const bool exact = precision == "exact";
+  const bool exact = precision == "exact", everybody = !levels.has_value() && !mask.has_value();
   depth = std::clamp<int64_t>(depth, 0, num_levels);
   const std::vector<int64_t> taken = levels_taken(x, levels, mask, depth, count);
-  const bool all_alike = !levels.has_value() && !mask.has_value();
 
   const ScalarType dtype = promote(x.scalar_type(), codebooks.scalar_type());
   Tensor quantized = empty_like_with(x, {x.sizes().begin(), x.sizes().end()}, dtype);
@@ -129,14 +172,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, cons
   index_sizes.push_back(num_levels);
   Tensor indices = empty_like_with(x, index_sizes, ScalarType::Long);
   Tensor loss = empty_like_with(x, {num_levels}, wide);
-  const std::vector<int64_t> shape(codebooks.sizes().begin(), codebooks.sizes().end());
-  Tensor counts = empty_like_with(x, statistics ? leading_sizes(codebooks) : std::vector<int64_t>{0}, ScalarType::Long);
-  Tensor sums = empty_like_with(x, statistics ? shape : std::vector<int64_t>{0}, wide);
+  const std::vector<int64_t> none{0}, shape(codebooks.sizes().begin(), codebooks.sizes().end());
+  Tensor counts = empty_like_with(x, statistics ? leading_sizes(codebooks) : none, ScalarType::Long);
+  Tensor sums = empty_like_with(x, statistics ? shape : none, statistics.value_or(wide));
   int64_t* index_out = static_cast<int64_t*>(indices.mutable_data_ptr());
   T* loss_out = static_cast<T*>(loss.mutable_data_ptr());
 
-  const auto residual = uninitialised<T>(count * dim);                          // (N, D)
-  const auto scratch = uninitialised<T>(dtype == wide ? 0 : count * dim);       // (N, D)
+  const auto residual = uninitialised<T>(count * dim);                     // (N, D)
+  const auto scratch = uninitialised<T>(dtype == wide ? 0 : count * dim);  // (N, D)
   T* total = dtype == wide ? static_cast<T*>(quantized.mutable_data_ptr()) : scratch.get();
   parallel(count, dim, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) read_wide(rows.first, n, &residual[n * dim]);
@@ -146,53 +189,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, cons
   const Rows residuals{residual.get(), is_double ? Float::fp64 : Float::fp32, count, dim, dim};
   const auto index = uninitialised<int64_t>(count);
   const auto valid = uninitialised<bool>(count);
-  const int64_t chunks = (count + chunk - 1) / chunk;
-  std::vector<double> squares(chunks);
-  std::vector<int64_t> active(chunks);
   for (int64_t l = 0; l < num_levels; ++l) {
     const Rows codes = books.level(l);
     if (l < depth) {
       for (int64_t n = 0; n < count; ++n) valid[n] = taken[n] > l;
-      nearest_code({residuals, codes, all_alike ? nullptr : valid.get(), metric_of(metric), exact, index.get()},
+      nearest_code({residuals, codes, everybody ? nullptr : valid.get(), metric_of(metric), exact, index.get()},
                    suited_to(residuals, codes, exact));
     } else {
       std::fill_n(index.get(), count, -1);
     }
-    if (statistics) {
-      const RowsByCode by_code(index.get(), nullptr, 1, count, codes.count);
-      const int64_t first = books.codes_before(l);
-      int64_t* count_out = static_cast<int64_t*>(counts.mutable_data_ptr()) + first;
-      T* sum_out = static_cast<T*>(sums.mutable_data_ptr()) + first * dim;
-      const auto add = [&](int64_t n, double* sum) {
-        for (int64_t d = 0; d < dim; ++d) sum[d] += double(residual[n * dim + d]);
-      };
-      sum_by_code(by_code, dim, add, [&](int64_t k, const double* sum) {
-        std::copy_n(sum, dim, sum_out + k * dim);
-        count_out[k] = by_code.count(k);
-      });
-    }
-    parallel(chunks, chunk * dim, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        squares[c] = 0, active[c] = 0;
-        for (int64_t n = c * chunk; n < std::min(count, (c + 1) * chunk); ++n) {
-          index_out[n * num_levels + l] = index[n];
-          if (index[n] < 0) continue;
-          T* sum = total + n * dim;
-          with_row(codes, index[n], [&](const auto* code) {
-            if (l == 0)  // not 0 + code, which would lose the sign of -0
-              for (int64_t d = 0; d < dim; ++d) sum[d] = static_cast<T>(widen(code[d]));
-            else
-              for (int64_t d = 0; d < dim; ++d) sum[d] += static_cast<T>(widen(code[d]));
-          });
-          const double squared = subtract(codes, index[n], &residual[n * dim]);
-          if (std::isnan(squared)) std::fill_n(sum, dim, std::numeric_limits<T>::quiet_NaN());
-          squares[c] += squared;
-          active[c] += 1;
-        }
-      }
-    });
-    const double terms = double(std::max<int64_t>(1, std::accumulate(active.begin(), active.end(), int64_t{0}))) * dim;
-    const double mean = std::accumulate(squares.begin(), squares.end(), 0.0) / terms;
+    for (int64_t n = 0; n < count; ++n) index_out[n * num_levels + l] = index[n];
+    if (statistics) add_up(residual.get(), index.get(), count, codes.count, dim, books.codes_before(l), counts, sums);
+    const double mean = advance(codes, index.get(), count, l == 0, residual.get(), total);
     loss_out[l] = static_cast<T>(mean + beta * mean);
   }
 
@@ -214,8 +222,8 @@ template <class T>
 struct Backward {
   const Rows rows;
   const Codebooks& books;
-  const int64_t* index;             // (N, L)
-  const std::vector<double> slopes;  // of each level: 2 grad_loss / (M_l D)
+  const int64_t* index;              // (N, L)
+  const std::vector<double> slopes;  // (L,), of each level: 2 grad_loss / (M_l D)
 
   int64_t index_at(int64_t n, int64_t l, const Rows& codes) const {
     return std::min(index[n * books.levels() + l], codes.count - 1);
@@ -238,7 +246,8 @@ struct Backward {
           if (k < 0) continue;
           active = true;
           subtract(codebooks[l], k, residual.data());
-          for (int64_t d = 0; d < dim; ++d) pull[d] += beta * slopes[l] * double(residual[d]);
+          const double slope = beta * slopes[l];
+          for (int64_t d = 0; d < dim; ++d) pull[d] += slope * double(residual[d]);
           if (rotate)
             with_row(codebooks[l], k, [&](const auto* code) {
               for (int64_t d = 0; d < dim; ++d) total[d] += static_cast<T>(widen(code[d]));
@@ -268,10 +277,11 @@ struct Backward {
     for (int64_t l = 0; l < num_levels; ++l) {
       const Rows codes = books.level(l);
       const RowsByCode by_code(index + l, nullptr, 1, rows.count, codes.count, num_levels);
+      const double slope = slopes[l];
       const auto add = [&](int64_t n, double* sum) {
         T* row = &residual[n * dim];
         subtract(codes, std::min(index[n * num_levels + l], codes.count - 1), row);
-        for (int64_t d = 0; d < dim; ++d) sum[d] -= slopes[l] * double(row[d]);
+        for (int64_t d = 0; d < dim; ++d) sum[d] -= slope * double(row[d]);
       };
       const int64_t first = books.codes_before(l);
       sum_by_code(by_code, dim, add, [&](int64_t k, const double* sum) { write_row(out, dtype, first + k, dim, sum); });
@@ -294,7 +304,8 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_quantized,
     const Tensor dense = torch::stable::contiguous(*grad_loss);
     read_row({dense.const_data_ptr(), float_of(dense.scalar_type()), 1, num_levels, num_levels}, 0, slopes.data());
     std::vector<int64_t> active(num_levels, 0);
-    for (int64_t i = 0; i < rows.first.count * num_levels; ++i) active[i % num_levels] += index[i] >= 0;
+    for (int64_t n = 0; n < rows.first.count; ++n)
+      for (int64_t l = 0; l < num_levels; ++l) active[l] += index[n * num_levels + l] >= 0;
     for (int64_t l = 0; l < num_levels; ++l)
       slopes[l] *= 2.0 / (double(std::max<int64_t>(1, active[l])) * static_cast<double>(rows.first.dim));
   }
@@ -323,7 +334,7 @@ bool is_wide(const Tensor& x, const Tensor& codebooks) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize_cpu(
     const Tensor& x, const Tensor& codebooks, std::vector<int64_t> sizes, const std::optional<Tensor>& levels,
     const std::optional<Tensor>& mask, int64_t depth, double beta, std::string gradient, std::string metric,
-    std::string precision, bool statistics) {
+    std::string precision, std::optional<ScalarType> statistics) {
   const auto call = is_wide(x, codebooks) ? forward<double> : forward<float>;
   return call(x, codebooks, sizes, levels, mask, depth, beta, metric, precision, statistics);
 }

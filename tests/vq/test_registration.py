@@ -108,7 +108,7 @@ def residual_samples():
     x, codebooks = torch.randn(2, 5, 4), torch.randn(3, 7, 4)
     permuted = torch.randn(2, 4, 5).transpose(1, 2)
     levels, mask = torch.tensor([1, 3]), torch.rand(2, 5) > 0.3
-    for gradient, statistics in itertools.product(ops.GRADIENTS, (False, True)):
+    for gradient, statistics in itertools.product(ops.GRADIENTS, (None, torch.float32, torch.float64)):
         rest = (0.25, gradient, "l2", "exact", statistics)
         yield x.clone().requires_grad_(), codebooks.clone().requires_grad_(), [], None, None, 3, *rest
         yield permuted.detach().requires_grad_(), codebooks.clone().requires_grad_(), [], levels, mask, 3, *rest

@@ -72,7 +72,8 @@ def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, use
 
         def plain(rows: Tensor, leaf: Tensor):
             books, sizes = join_codebooks(given.form(leaf))
-            along = (lambda level, _: indices[..., level], options["beta"], options["gradient"], True)
+            wide = torch.promote_types(torch.promote_types(rows.dtype, books.dtype), torch.float32)
+            along = (lambda level, _: indices[..., level], options["beta"], options["gradient"], wide)
             return reference.quantize_levels(rows, books, sizes, *along)
 
         truth = run(plain, x.double(), codes.double(), upstream, uses)
@@ -116,7 +117,7 @@ def definition(given: Inputs, metric: str) -> Tensor:
     levels = given.levels.cpu() if isinstance(given.levels, Tensor) else given.levels
     books, sizes = join_codebooks(given.form(given.codes.cpu()))
     depth, per_sample = check_levels(levels, x, len(sizes) or len(books))
-    return reference.residual_quantize(x, books, sizes, per_sample, mask, depth, 0.0, "straight_through", metric, "exact", False)[1]
+    return reference.residual_quantize(x, books, sizes, per_sample, mask, depth, 0.0, "straight_through", metric, "exact", None)[1]
 
 
 def structural_failures(results: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

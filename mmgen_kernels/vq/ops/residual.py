@@ -44,7 +44,7 @@ def residual_quantize(
     levels: int | Tensor | None = None,
     mask: Tensor | None = None,
     precision: str = "exact",
-    statistics: bool = False,
+    statistics: bool | torch.dtype = False,
 ) -> RVQOutput:
     """Residual vector quantization as one differentiable operator: each level quantizes what the levels before it left over.
 
@@ -70,7 +70,8 @@ def residual_quantize(
         levels: how many levels to use: None (all), an int in 0..L, or int64 (B,) for x (B, ..., D), one number per sample, clamped
             to 0..L. A level that is not used has index -1, adds nothing and has no share in its loss.
         mask: (...) bool, True = valid. An invalid row has indices -1, quantized 0, gradient 0 and no share in any mean.
-        statistics: also returns counts and sums, what an EMA of the codebooks needs.
+        statistics: also returns counts and sums, what an EMA of the codebooks needs; torch.float64 asks for the sums in fp64, to
+            add up ranks before they are rounded.
 
     Returns:
         RVQOutput. ``counts[l, k]`` rows have code k at level l, and ``sums[l, k]`` is the sum of their r_l, in fp64 in row order
@@ -95,14 +96,18 @@ def residual_quantize(
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
     check_number("beta", beta)
-    if not isinstance(statistics, bool):
-        raise TypeError(f"statistics must be a bool, got {type(statistics).__name__}")
+    if not isinstance(statistics, bool) and statistics not in (torch.float32, torch.float64):
+        got = statistics if isinstance(statistics, torch.dtype) else type(statistics).__name__
+        raise TypeError(f"statistics must be a bool, torch.float32 or torch.float64, got {got}")
+    if statistics is True:
+        statistics = torch.promote_types(torch.promote_types(x.dtype, joined.dtype), torch.float32)
+    kept = statistics or None
     depth, per_sample = check_levels(levels, x, num_levels)
     quantized, indices, loss, counts, sums = RESIDUAL_QUANTIZE(
         backends.choose(RESIDUAL_QUANTIZE, FAMILY, x.device.type),
-        *(x, joined, sizes, per_sample, mask, depth, float(beta), gradient, metric, precision, statistics),
+        *(x, joined, sizes, per_sample, mask, depth, float(beta), gradient, metric, precision, kept),
     )
-    if not statistics:
+    if kept is None:
         return RVQOutput(quantized, indices, loss, None, None)
     sums = sums.detach()  # the operator has no gradient for them
     if sizes:
@@ -159,8 +164,8 @@ def residual_quantize_fake(x, codebooks, sizes, levels, mask, depth, beta, gradi
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty((*x.shape[:-1], num_levels), dtype=torch.int64),
         x.new_empty(num_levels, dtype=wide),
-        x.new_empty(codebooks.shape[:-1] if statistics else (0,), dtype=torch.int64),
-        x.new_empty(codebooks.shape if statistics else (0,), dtype=wide),
+        x.new_empty(codebooks.shape[:-1] if statistics is not None else (0,), dtype=torch.int64),
+        x.new_empty(codebooks.shape if statistics is not None else (0,), dtype=statistics or wide),
     )
 
 
@@ -171,7 +176,7 @@ def residual_quantize_backward_fake(grad_quantized, grad_loss, x, codebooks, *op
 
 RESIDUAL_QUANTIZE = library.define(
     "residual_quantize(Tensor x, Tensor codebooks, SymInt[] sizes, Tensor? levels, Tensor? mask, SymInt depth, float beta,"
-    " str gradient, str metric, str precision, bool statistics)"
+    " str gradient, str metric, str precision, ScalarType? statistics)"
     " -> (Tensor quantized, Tensor indices, Tensor loss, Tensor counts, Tensor sums)",
     reference=reference.residual_quantize,
     fake=residual_quantize_fake,

@@ -27,7 +27,7 @@ def residual_quantize(
     gradient: str,
     metric: str,
     precision: str,
-    statistics: bool,
+    statistics: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Differentiable by autograd, so that it is the oracle of `residual_quantize_backward` too."""
     books = codebook_per_level(codebooks.detach(), sizes)
@@ -40,7 +40,7 @@ def residual_quantize(
 
 
 def quantize_levels(
-    x: Tensor, codebooks: Tensor, sizes: list[int], choose: Choose, beta: float, gradient: str, statistics: bool
+    x: Tensor, codebooks: Tensor, sizes: list[int], choose: Choose, beta: float, gradient: str, statistics: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `residual_quantize` returns, with the indices that `choose` finds for each residual."""
     dtype = torch.promote_types(x.dtype, codebooks.dtype)
@@ -53,8 +53,8 @@ def quantize_levels(
         index = choose(level, residual.detach())  # (...)
         valid = (index >= 0).unsqueeze(-1)
         codes = gather(book, index).to(wide)  # (..., D)
-        if statistics:
-            added, count = code_statistics(residual.detach(), index, None, len(book), False, wide)
+        if statistics is not None:
+            added, count = code_statistics(residual.detach(), index, None, len(book), False, statistics)
             counts.append(count)
             sums.append(added)
         of_x, of_codes = residual - codes.detach(), residual.detach() - codes
@@ -71,13 +71,13 @@ def quantize_levels(
     # value - (+0), here and in rotate_to, keeps every bit; value + 0 would turn -0 into +0
     through = rotate_to(rows, values) if gradient == "rotation" else values - (rows.detach() - rows)
     quantized = torch.where((indices >= 0).any(-1, keepdim=True), through * torch.where(sound, 1.0, torch.nan).to(dtype), 0)
-    shape = codebooks.shape if statistics else (0,)
+    shape = codebooks.shape if statistics is not None else (0,)
     return (
         quantized,
         indices,
         torch.stack(losses),
-        torch.cat(counts).view(shape[:-1]) if statistics else indices.new_empty(0),
-        torch.cat(sums).view(shape) if statistics else total.new_empty(0),
+        torch.cat(counts).view(shape[:-1]) if counts else indices.new_empty(0),
+        torch.cat(sums).view(shape) if sums else total.new_empty(0),
     )
 
 

@@ -96,7 +96,7 @@ def residual_quantize(
     gradient: str,
     metric: str,
     precision: str,
-    statistics: bool,
+    statistics: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launcher of the operator. The backward is the reference's: plain PyTorch that waits for nothing."""
     books = codebook_per_level(codebooks, sizes)
@@ -113,9 +113,9 @@ def residual_quantize(
     indices = torch.full((N, L), -1, dtype=torch.int64, device=x.device)
     partial = torch.zeros(L, blocks, 2, dtype=torch.float64, device=x.device)
     means = torch.empty(L, dtype=torch.float64, device=x.device)
-    shape = codebooks.shape if statistics else (0,)
+    shape = codebooks.shape if statistics is not None else (0,)
     counts = torch.zeros(shape[:-1] or (0,), dtype=torch.int64, device=x.device)
-    sums = torch.zeros(shape, dtype=wide, device=x.device)
+    sums = torch.zeros(shape, dtype=statistics or wide, device=x.device)
     options = {"WIDE": wide == torch.float64, "BLOCK_D": max(16, min(64, triton.next_power_of_2(D))), **LAUNCH}
 
     residual = rows
@@ -123,8 +123,8 @@ def residual_quantize(
         for level in range(min(depth, L) if N else 0):
             book, after = books[level], residuals[level % 2]
             index = nearest_code(residual, book, None if taken is None else taken > level, metric, precision)  # (N,)
-            if statistics:
-                sum_of_rows, count = code_statistics(residual, index, None, len(book), False, wide)
+            if statistics is not None:
+                sum_of_rows, count = code_statistics(residual, index, None, len(book), False, statistics)
                 codebook_per_level(counts[..., None], sizes)[level].copy_(count[:, None])
                 codebook_per_level(sums, sizes)[level].copy_(sum_of_rows)
             advance[blocks,](
