@@ -58,7 +58,7 @@ def quantize(
     terms = valid.sum().clamp(min=1).to(wide) * x.shape[-1]
 
     def mean_square(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(valid, a.to(wide) - b.to(wide), 0).square().sum() / terms
+        return sum_of_squares(torch.where(valid, a.to(wide) - b.to(wide), 0)) / terms
 
     commitment_loss = mean_square(rows, codes.detach())
     codebook_loss = mean_square(rows.detach(), codes)
@@ -131,7 +131,8 @@ def vector_quantize_backward(
             total = total + torch.where(valid, g, 0)
         grad_x = total.to(x.dtype)
     if need_grad_codebook:
-        per_row = -difference * (g_codebook + g_loss * (beta if legacy_beta else 1.0))
+        slope = (g_codebook.double() + g_loss.double() * (beta if legacy_beta else 1.0)) * 2 / terms.double()
+        per_row = torch.where(valid, quantized.double() - x.double(), 0) * slope  # rounded once, after the sum
         sums = code_statistics(per_row, indices, None, codebook_shape[-2], len(codebook_shape) == 3, torch.float64)[0]
         grad_codebook = sums.to(quantized.dtype)
     return grad_x, grad_codebook
@@ -171,3 +172,12 @@ def gather(codebook: Tensor, indices: Tensor) -> Tensor:
         return codebook[safe]
     head = torch.arange(len(codebook), device=codebook.device).view(-1, *[1] * (indices.dim() - 1))
     return codebook[head, safe]
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """In an order that the sizes decide: what torch's sum of a whole tensor adds to what depends on the number of threads."""
+    sums = values.contiguous().square().sum(-1).view(-1)  # (N,)
+    while len(sums) > 1:
+        groups = -(-len(sums) // 256)
+        sums = torch.nn.functional.pad(sums, (0, 256 * groups - len(sums))).view(groups, 256).sum(-1)
+    return sums.sum()

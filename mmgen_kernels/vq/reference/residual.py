@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels.vq.reference.codebook import code_statistics
-from mmgen_kernels.vq.reference.lookup import gather, nearest_code, rotate_to, rotation
+from mmgen_kernels.vq.reference.lookup import gather, nearest_code, rotate_to, rotation, sum_of_squares
 
 Choose = Callable[[int, Tensor], Tensor]  # (level, residual (..., D)) -> indices (...), -1 where the row takes no part
 
@@ -147,12 +147,3 @@ def levels_taken(x: Tensor, levels: Tensor | None, mask: Tensor | None, depth: i
 def distance_is_finite(difference: Tensor) -> Tensor:
     """(..., D) -> (..., 1)"""
     return difference.double().square().sum(-1, keepdim=True).isfinite()
-
-
-def sum_of_squares(values: Tensor) -> Tensor:
-    """In an order that the sizes decide: what torch's sum of a whole tensor adds to what depends on the number of threads."""
-    sums = values.contiguous().square().sum(-1).view(-1)  # (N,)
-    while len(sums) > 1:
-        groups = -(-len(sums) // 256)
-        sums = torch.nn.functional.pad(sums, (0, 256 * groups - len(sums))).view(groups, 256).sum(-1)
-    return sums.sum()
