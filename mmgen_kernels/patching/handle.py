@@ -61,10 +61,11 @@ class Handle:
             if found is forward:
                 del module.forward
             elif found is not None and not isinstance(found, Forward):
-                stuck.append(f"{name} by {found!r}")
-        self._patched = [entry for entry in self._patched if vars(entry[1]).get("forward") is entry[2]]
+                stuck.append((name, module, forward))
+        self._patched = stuck
         if stuck:
-            raise RuntimeError(f"cannot revert what was replaced again since: {', '.join(stuck)}")
+            told = ", ".join(f"{name} by {vars(module)['forward']!r}" for name, module, _ in stuck)
+            raise RuntimeError(f"cannot revert what was replaced again since: {told}")
 
     def report(self) -> str:
         """What was replaced by what, what was not and why, and which calls the stock code still serves."""

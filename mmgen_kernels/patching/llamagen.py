@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmgen_kernels as mk
-from mmgen_kernels.patching.rule import ROWS, Call, Forward, Rule, embedding_reasons, has_hooks, parameters_of_forward
+from mmgen_kernels.patching.rule import ROWS, Call, Forward, Rule, embedding_reasons, graph_of, has_hooks, parameters_of_forward
 
 ATTRIBUTES = ("n_e", "e_dim", "beta", "entropy_loss_ratio", "l2_norm", "show_usage", "embedding")
 ENTROPY_TEMPERATURE = 0.01  # stock's default, which its forward never changes
@@ -37,9 +37,11 @@ class VectorQuantizerForward(Forward):
         vq_loss = commit_loss = entropy_loss = None
         if module.training:
             dtype = torch.promote_types(z.dtype, codebook.dtype)
-            vq_loss, commit_loss = out.codebook_loss.to(dtype), module.beta * out.commitment_loss.to(dtype)
+            vq_loss = graph_of(out.codebook_loss, codebook).to(dtype)
+            commit_loss = module.beta * graph_of(out.commitment_loss, rows).to(dtype)
             entropy_loss = (entropy(module, rows, codebook) if module.entropy_loss_ratio else 0 * out.loss).to(dtype)
-        return out.quantized.permute(0, 3, 1, 2), (vq_loss, commit_loss, entropy_loss, usage), (None, None, indices)
+        quantized = graph_of(out.quantized, rows).permute(0, 3, 1, 2)
+        return quantized, (vq_loss, commit_loss, entropy_loss, usage), (None, None, indices)
 
 
 def count_usage(module: Any, indices: Tensor) -> float:
@@ -80,6 +82,9 @@ class VectorQuantizerRule(Rule):
 
     def forward(self, module: nn.Module) -> Forward:
         return VectorQuantizerForward(module)
+
+    def magnification(self, module: Any) -> float:
+        return 1 / ENTROPY_TEMPERATURE if module.entropy_loss_ratio else 1.0
 
     def calls(self, module: Any, draw: Callable[..., Tensor]) -> Iterator[Call]:
         yield (draw(2, module.e_dim, 4, ROWS // 8),), {}

@@ -6,8 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 ROWS = 32  # of the calls of verification: the stock module holds its N x K matrix there too, 32 MiB for 2^18 codes in fp32
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one call of a module
@@ -56,9 +55,13 @@ class Rule:
         """What replaces the forward of this instance."""
         raise NotImplementedError
 
-    def calls(self, module: nn.Module, draw: Callable[..., torch.Tensor]) -> Iterator[Call]:
+    def calls(self, module: nn.Module, draw: Callable[..., Tensor]) -> Iterator[Call]:
         """Calls by which verification compares; `draw(*shape)` gives normal numbers of the module's dtype and device."""
         raise NotImplementedError
+
+    def magnification(self, module: nn.Module) -> float:
+        """How many times the rounding of stock's own distances shows in its results."""
+        return 1.0
 
     def isolate(self, module: nn.Module) -> None:
         """Makes a copy of the module speak to no other process, for verification."""
@@ -84,6 +87,11 @@ def overridden(module: nn.Module, base: type, *methods: str) -> list[str]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether someone listens to this module: then it must be called as ever."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def graph_of(output: Tensor, tensor: Tensor) -> Tensor:
+    """An output of an operator that in stock code depends on `tensor` alone: if that wants no gradient, neither does this."""
+    return output if tensor.requires_grad else output.detach()
 
 
 def embedding_reasons(embedding: nn.Module, num_codes: int, dim: int) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mmgen_kernels as mk
-from mmgen_kernels.patching.rule import ROWS, Call, Forward, Rule, embedding_reasons, has_hooks, parameters_of_forward
+from mmgen_kernels.patching.rule import ROWS, Call, Forward, Rule, embedding_reasons, graph_of, has_hooks, parameters_of_forward
 
 ATTRIBUTES = ("n_e", "e_dim", "beta", "legacy", "remap", "sane_index_shape", "embedding")
 PARAMETERS = ["z", "temp", "rescale_logits", "return_logits"]
@@ -31,7 +31,7 @@ class VectorQuantizer2Forward(Forward):
         if module.sane_index_shape:
             indices = indices.view(out.indices.shape)
         loss = out.loss.to(torch.promote_types(z.dtype, weight.dtype))
-        return out.quantized.permute(0, 3, 1, 2).contiguous(), loss, (None, None, indices)
+        return graph_of(out.quantized, rows).permute(0, 3, 1, 2).contiguous(), loss, (None, None, indices)
 
 
 class VectorQuantizer2Rule(Rule):

@@ -1,7 +1,7 @@
 """Does a patched module do what the stock one does? Both are run on copies, and nothing of the module itself is touched.
 
 A run is two training steps and one call in eval mode, on a few random rows: every output, the gradients of inputs and
-parameters, and every buffer after each step are compared. The verdict is kept per process and per kind of module.
+parameters, and every buffer after each step are compared, once per process and kind of module.
 """
 
 from __future__ import annotations
@@ -32,19 +32,23 @@ FP32_TOLERANCE = (1e-4, 1e-5)
 # Two distances within this many roundings of the larger square may be told apart either way by the stock arithmetic.
 NEAR_TIE_ROUNDINGS = 64
 
-_verdicts: dict[Any, list[str]] = {}
+_verified: set[Any] = set()  # kinds of modules
 
 
 def differences(rule: Rule, module: nn.Module) -> list[str]:
-    """What the module by `rule` does otherwise than the stock module; empty if nothing. Remembered per kind of module."""
+    """What the module by `rule` does otherwise than the stock module; empty if nothing.
+
+    That there is nothing is remembered per kind of module. A difference is not: it may come from the values of this one.
+    """
     key = kind(rule, module)
-    if key not in _verdicts:
-        _verdicts[key] = _differences(rule, module)
-    return _verdicts[key]
+    found = [] if key in _verified else _differences(rule, module)
+    if not found:
+        _verified.add(key)
+    return found
 
 
 def kind(rule: Rule, module: nn.Module) -> Any:
-    """What a verdict holds for: class, plain options, and shapes, dtypes, devices of all tensors. Flags count by value."""
+    """What else is verified by one module: class, plain options, and shapes, dtypes, devices of all tensors. Flags count by value."""
     parts: list[Any] = [type(rule)]
     for name, child in module.named_modules():
         options = {k: v if _is_plain(v) else type(v) for k, v in vars(child).items() if k != "training" and k not in KEYED_BY_HOOK}
@@ -87,7 +91,7 @@ def _differences(rule: Rule, module: nn.Module) -> list[str]:
                     results = run(rule, ours, device, dtype, draw)
             except Exception as error:
                 return [f"verification: the patched module raises {type(error).__name__}: {error}"]
-            found = compare(expected, results)
+            found = compare(expected, results, rule.magnification(module))
             if not found or not lookups.near_ties():
                 return found
     return [f"{found[0]} (in {DRAWS} draws of inputs, all with near ties)", *found[1:]]
@@ -133,17 +137,17 @@ def run(rule: Rule, module: nn.Module, device: torch.device, dtype: torch.dtype,
     return left
 
 
-def compare(expected: dict[str, Any], results: dict[str, Any]) -> list[str]:
+def compare(expected: dict[str, Any], results: dict[str, Any], magnification: float = 1.0) -> list[str]:
     """What differs, the first few in the order of the run."""
     found = [f"{name} is missing" for name in expected if name not in results]
     found += [f"{name} is new" for name in results if name not in expected]
     for name in expected:
-        if name in results and (told := difference(expected[name], results[name])):
+        if name in results and (told := difference(expected[name], results[name], magnification)):
             found.append(f"{name} {told}")
     return found if len(found) <= 3 else [*found[:3], f"and {len(found) - 3} more"]
 
 
-def difference(expected: Any, found: Any) -> str | None:
+def difference(expected: Any, found: Any, magnification: float = 1.0) -> str | None:
     """How `found` differs from `expected`; None if it does not."""
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         told = [f"a tensor {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in (found, expected)]
@@ -154,7 +158,7 @@ def difference(expected: Any, found: Any) -> str | None:
     if not expected.is_floating_point():
         different = int((expected != found).sum())
         return f"differs at {different} of {expected.numel()} places" if different else None
-    relative, of_largest = TOLERANCES.get(expected.dtype, FP32_TOLERANCE)
+    relative, of_largest = (magnification * t for t in TOLERANCES.get(expected.dtype, FP32_TOLERANCE))
     a, b = expected.double(), found.double()
     finite = a.isfinite()
     largest = float(a[finite].abs().max()) if finite.any() else 0.0

@@ -114,8 +114,8 @@ def trained(module, make_input, steps=3, calls=(({}),), seed=0):
     """
     torch.manual_seed(seed)
     left = {}
-    shape = make_input().shape
-    encoder = nn.Parameter(torch.full(shape[1:], 0.9))
+    first = make_input()
+    encoder = nn.Parameter(torch.full_like(first[0], 0.9))
     parameters = [encoder, *module.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     for step in range(steps + 1):
