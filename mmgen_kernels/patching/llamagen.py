@@ -86,5 +86,8 @@ class VectorQuantizerRule(Rule):
     def magnification(self, module: Any) -> float:
         return 1 / ENTROPY_TEMPERATURE if module.entropy_loss_ratio else 1.0
 
+    def prepare(self, module: Any, draw: Callable[..., Tensor]) -> None:
+        module.embedding.weight.data.copy_(draw(*module.embedding.weight.shape))
+
     def calls(self, module: Any, draw: Callable[..., Tensor]) -> Iterator[Call]:
         yield (draw(2, module.e_dim, 4, ROWS // 8),), {}

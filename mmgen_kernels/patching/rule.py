@@ -63,8 +63,12 @@ class Rule:
         """How many times the rounding of stock's own distances shows in its results."""
         return 1.0
 
-    def isolate(self, module: nn.Module) -> None:
-        """Makes a copy of the module speak to no other process, for verification."""
+    def prepare(self, module: nn.Module, draw: Callable[..., Tensor]) -> None:
+        """Makes a copy fit for verification: it speaks to no other process, and its codes lie as far apart as the inputs do.
+
+        A new codebook is a heap of tiny codes to which every input is equally far; stock rounds and takes any of them.
+        """
+        raise NotImplementedError
 
 
 def descends_from(module: nn.Module, package: str, name: str) -> type | None:

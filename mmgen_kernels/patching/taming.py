@@ -60,5 +60,8 @@ class VectorQuantizer2Rule(Rule):
     def forward(self, module: nn.Module) -> Forward:
         return VectorQuantizer2Forward(module)
 
+    def prepare(self, module: Any, draw: Callable[..., Tensor]) -> None:
+        module.embedding.weight.data.copy_(draw(*module.embedding.weight.shape))
+
     def calls(self, module: Any, draw: Callable[..., Tensor]) -> Iterator[Call]:
         yield (draw(2, self.dim(module), 4, ROWS // 8),), {}

@@ -220,14 +220,16 @@ class VectorQuantizeRule(Rule):
             x = draw(*shape)
             yield (x,), {"mask": (torch.arange(ROWS, device=x.device) % 5 != 0).view(2, -1)}
 
-    def isolate(self, module: Any) -> None:
+    def prepare(self, module: Any, draw: Callable[..., Tensor]) -> None:
         codebook = module._codebook
+        if codebook.initted:
+            codes = draw(*codebook.embed.shape)
+            codebook.embed.data.copy_(F.normalize(codes, dim=-1) if codebook.use_cosine_sim else codes)
+            codebook.embed_avg.data.copy_(codebook.embed * codebook.cluster_size[..., None])
         if codebook.use_ddp:
-            alone = vars(sys.modules[type(codebook).forward.__module__])["batched_sample_vectors"]
-            codebook.use_ddp = False
-            codebook.sample_fn = codebook.replace_sample_fn = alone
+            codebook.sample_fn = codebook.replace_sample_fn = vars(sys.modules[type(codebook).__module__])["batched_sample_vectors"]
             codebook.all_reduce_fn = codebook.kmeans_all_reduce_fn = lambda tensor: None
-        codebook.sync_affine_param = False
+        codebook.use_ddp = codebook.sync_affine_param = False
 
 
 class ResidualVQRule(Rule):

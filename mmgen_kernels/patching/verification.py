@@ -48,7 +48,10 @@ def differences(rule: Rule, module: nn.Module) -> list[str]:
 
 
 def kind(rule: Rule, module: nn.Module) -> Any:
-    """What else is verified by one module: class, plain options, and shapes, dtypes, devices of all tensors. Flags count by value."""
+    """What modules that are verified together share: class, plain options, and shape, dtype, device of all tensors.
+
+    Of tensors with one bool, such as whether k-means has run, the value counts too.
+    """
     parts: list[Any] = [type(rule)]
     for name, child in module.named_modules():
         options = {k: v if _is_plain(v) else type(v) for k, v in vars(child).items() if k != "training" and k not in KEYED_BY_HOOK}
@@ -78,8 +81,6 @@ def _differences(rule: Rule, module: nn.Module) -> list[str]:
                 stock, ours = copied(module), copied(module)
             except Exception as error:
                 return [f"verification cannot copy the module: {type(error).__name__}: {error}"]
-            for side in (stock, ours):
-                rule.isolate(side)
             vars(ours)["forward"] = rule.forward(ours)
             lookups = Lookups()
             try:
@@ -106,7 +107,9 @@ def run(rule: Rule, module: nn.Module, device: torch.device, dtype: torch.dtype,
     seed_global(device, seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=inputs, dtype=torch.float64, device="cpu").to(device, dtype)
+        return torch.randn(shape, generator=inputs, dtype=torch.float32, device="cpu").to(device, dtype)
+
+    rule.prepare(module, draw)
 
     left: dict[str, Any] = {}
     for step in STEPS:
@@ -214,10 +217,12 @@ def copied(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Gradients on, autocast off, and the global generators afterwards as they were."""
-    generators = _generators(device)
-    before = [g.get_state() for g in generators]
+    """Gradients on, autocast and TF32 off (stock would pick other codes), and afterwards all as it was, generators too."""
+    generators, products = _generators(device), (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before, precisions = [g.get_state() for g in generators], [p.fp32_precision for p in products]
     try:
+        for product in products:
+            product.fp32_precision = "ieee"
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -229,6 +234,8 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
+        for product, precision in zip(products, precisions, strict=True):
+            product.fp32_precision = precision
 
 
 def seed_global(device: torch.device, seed: int) -> None:

@@ -161,6 +161,18 @@ def test_random_states_are_left_alone():
     assert not torch.cuda.is_initialized() or torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("precision", ("highest", "high", "medium"))
+def test_the_precision_of_products_is_left_alone(precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert mk.patch(make()).replaced
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision != "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)))
 def test_modes_of_the_caller(mode):
     module = make()
@@ -220,17 +232,24 @@ def test_once_per_kind(monkeypatch):
 # -- near ties --------------------------------------------------------------------------------------------------------
 
 
-def offset(module, by):
-    """Codes far from 0 and close together: stock's x^2 - 2 x c + c^2 in fp32 cannot tell them apart."""
+def test_new_codebooks_are_no_obstacle():
+    """Libraries start with codes of 1/K around 0: next to inputs of 1 all of them are near ties."""
+    module = make(codes=512)
     with torch.no_grad():
-        module.embedding.weight.mul_(1e-4).add_(by)
-    return module
+        module.embedding.weight.uniform_(-1 / 512, 1 / 512)
+    before = module.embedding.weight.detach().clone()
+    assert mk.patch(module).replaced
+    assert torch.equal(module.embedding.weight, before)
 
 
 def test_indices_that_stock_cannot_tell_are_said_to_be_near_ties():
-    told = mk.patch(offset(make(), 1000.0)).kept[0].reasons
-    assert "all with near ties" in told[0]
-    assert mk.patch(offset(make(), 0.0)).replaced
+    """Codes far from 0 and close together: stock's x^2 - 2 x c + c^2 in fp32 cannot tell them apart."""
+
+    class Rule(taming.VectorQuantizer2Rule):
+        def prepare(self, module, draw):
+            super().prepare(module, lambda *shape: 1000 + 1e-4 * draw(*shape))
+
+    assert "all with near ties" in reasons(Rule(), make(codes=512))[0]
 
 
 def test_another_draw_is_made_after_a_near_tie():
@@ -238,6 +257,9 @@ def test_another_draw_is_made_after_a_near_tie():
     drawn = []
 
     class Rule(taming.VectorQuantizer2Rule):
+        def prepare(self, module, draw):
+            pass
+
         def calls(self, module, draw):
             drawn.append(1)
             z = draw(2, 4, 4, 4)
