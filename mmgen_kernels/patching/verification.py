@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,24 +76,15 @@ def _differences(rule: Rule, module: nn.Module) -> list[str]:
         return ["verification needs values, and the module is on the meta device"]
     found: list[str] = []
     with undisturbed(device):
-        for draw in range(DRAWS):
+        for seed in range(DRAWS):
             try:
                 stock, ours = copied(module), copied(module)
+                vars(ours)["forward"] = rule.forward(ours)
+                sides = [run(rule, side, device, dtype, seed) for side in (stock, ours)]
+                found, near_ties = lockstep(sides[0], sides[1], rule.magnification(module))
             except Exception as error:
-                return [f"verification cannot copy the module: {type(error).__name__}: {error}"]
-            vars(ours)["forward"] = rule.forward(ours)
-            lookups = Lookups()
-            try:
-                expected = run(rule, stock, device, dtype, draw)
-            except Exception as error:
-                return [f"verification: the stock module raises {type(error).__name__}: {error}"]
-            try:
-                with lookups:
-                    results = run(rule, ours, device, dtype, draw)
-            except Exception as error:
-                return [f"verification: the patched module raises {type(error).__name__}: {error}"]
-            found = compare(expected, results, rule.magnification(module))
-            if not found or not lookups.near_ties():
+                return [f"verification fails: {type(error).__name__}: {error}"]
+            if not found or not near_ties:
                 return found
     return [f"{found[0]} (in {DRAWS} draws of inputs, all with near ties)", *found[1:]]
 
@@ -101,43 +92,64 @@ def _differences(rule: Rule, module: nn.Module) -> list[str]:
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(rule: Rule, module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """Everything that two training steps and one call in eval mode leave behind, by name."""
+class Aftermath(NamedTuple):
+    """What one call left behind."""
+
+    at: str
+    error: Exception | None
+    left: dict[str, Any]  # by name; not cloned
+
+
+def lockstep(stock: Iterator[Aftermath], ours: Iterator[Aftermath], magnification: float) -> tuple[list[str], bool]:
+    """What differs in the first call that differs, and whether a near tie may be why. One call at a time is kept."""
+    lookups, served = Lookups(), False
+    for expected in stock:
+        with lookups:
+            results = next(ours)
+        if type(expected.error) is not type(results.error):
+            return [f"{expected.at}: raises {results.error!r}, stock {expected.error!r}"], False
+        served |= expected.error is None
+        if not served:  # later calls may be refused by both: stock does not take masks with heads
+            return [f"verification: the stock module raises {expected.error!r}"], False
+        if found := compare(expected.left, results.left, magnification):
+            return [f"{expected.at}: {found[0]}", *found[1:]], lookups.near_ties()
+        lookups.seen.clear()
+    return [], False
+
+
+def run(rule: Rule, module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Aftermath]:
+    """Two training steps and one step in eval mode; after each call, everything that it left behind."""
     inputs = torch.Generator().manual_seed(seed)  # a generator of its own: the global one belongs to the module
-    seed_global(device, seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=inputs, dtype=torch.float32, device="cpu").to(device, dtype)
 
     rule.prepare(module, draw)
-
-    left: dict[str, Any] = {}
     for step in STEPS:
         module.train(step != STEPS[-1])
         for number, (args, kwargs) in enumerate(rule.calls(module, draw)):
-            at = f"{step}, call {number + 1}"
+            seed_global(device, seed)
             args = tuple(a.detach().requires_grad_() if a.is_floating_point() else a for a in args)
-            outputs: list[Any] = []
+            outputs, refused, left = [], None, {}
             try:
                 outputs = tree_flatten(module(*args, **kwargs))[0]
-            except Exception as error:  # beyond its first call a module may refuse some: stock does not take masks with heads
-                if number == 0:
-                    raise
-                left[f"{at}: raises"] = type(error).__name__
+            except Exception as error:
+                refused = error
             total = torch.zeros((), dtype=torch.float64, device=device)
             for i, output in enumerate(outputs):
-                left[f"{at}: output {i}"] = output.detach().clone() if isinstance(output, Tensor) else output
+                left[f"output {i}"] = output.detach() if isinstance(output, Tensor) else output
                 if isinstance(output, Tensor) and output.is_floating_point():
-                    left[f"{at}: output {i} requires a gradient"] = output.requires_grad
+                    left[f"output {i} requires a gradient"] = output.requires_grad
                     total = total + (output.double() * draw(*output.shape).double()).sum()
             if total.requires_grad:
                 total.backward()
             for name, tensor in [*((f"input {i}", a) for i, a in enumerate(args)), *module.named_parameters()]:
-                left[f"{at}: gradient of {name}"] = None if tensor.grad is None else tensor.grad.clone()
+                left[f"gradient of {name}"] = tensor.grad
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                left[f"{at}: {name}"] = tensor.detach().clone()
+                left[name] = tensor.detach()
+            left |= {f"state of random generator {i}": g.get_state() for i, g in enumerate(_generators(device))}
+            yield Aftermath(f"{step}, call {number + 1}", refused, left)
             module.zero_grad(set_to_none=True)
-    return left
 
 
 def compare(expected: dict[str, Any], results: dict[str, Any], magnification: float = 1.0) -> list[str]:

@@ -5,6 +5,8 @@ import gc
 import inspect
 import io
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -229,6 +231,12 @@ def test_hooks_and_signature():
         module(x())
         assert inspect.signature(module.forward) == signature
     assert seen == [1]
+
+
+def test_no_library_is_imported():
+    libraries = ("vector_quantize_pytorch", "diffusers", "taming", "einops")
+    code = f"import sys, mmgen_kernels; assert not {{m.split('.')[0] for m in sys.modules}} & {{*{libraries}}}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_is_kept_alive():

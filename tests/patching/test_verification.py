@@ -81,7 +81,8 @@ WRONG = {
     "straight-through": (changed(0, lambda q: q.detach() + 2 * (q - q.detach())), "gradient of input 0 differs by up to"),
     "parameter": (drifts, "training step 1, call 1: embedding.weight differs by up to"),
     "eval only": (off_in_eval, "eval, call 1: output 0 differs by up to 0.001"),
-    "raises": (fails, "the patched module raises ArithmeticError: no"),
+    "draws": (lambda self, results, *args: (torch.rand(1), results)[1], "state of random generator 0 differs"),
+    "raises": (fails, "call 1: raises ArithmeticError('no'), stock None"),
 }
 
 
@@ -196,12 +197,12 @@ def test_hooks_that_cannot_be_copied():
 def test_modules_that_cannot_be_copied_or_run():
     module = make()
     module.lock = threading.Lock()
-    assert "verification cannot copy the module: TypeError" in mk.patch(module).kept[0].reasons[0]
+    assert "verification fails: TypeError: cannot pickle" in mk.patch(module).kept[0].reasons[0]
     assert mk.patch(module, verify=False).replaced
     assert "meta device" in mk.patch(make().to("meta")).kept[0].reasons[0]
     refuses = make()
     refuses.remap = True  # without the buffer that goes with it
-    assert "the stock module raises AttributeError" in mk.patch(refuses).kept[0].reasons[0]
+    assert "verification: the stock module raises AttributeError" in mk.patch(refuses).kept[0].reasons[0]
 
 
 # -- once per kind ----------------------------------------------------------------------------------------------------
