@@ -222,6 +222,8 @@ class VectorQuantizeRule(Rule):
 
     def prepare(self, module: Any, draw: Callable[..., Tensor]) -> None:
         codebook = module._codebook
+        if codebook.codebook_size > ROWS:  # k-means would start several codes from the same row: ties throughout
+            codebook.initted.data.fill_(True)
         if codebook.initted:
             codes = draw(*codebook.embed.shape)
             codebook.embed.data.copy_(F.normalize(codes, dim=-1) if codebook.use_cosine_sim else codes)

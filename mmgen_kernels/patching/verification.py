@@ -170,11 +170,14 @@ def difference(expected: Any, found: Any, magnification: float = 1.0) -> str | N
     for what in ("shape", "dtype", "device"):
         if getattr(expected, what) != getattr(found, what):
             return f"has {what} {getattr(found, what)}, stock {getattr(expected, what)}"
+    if torch.equal(expected, found):
+        return None
     if not expected.is_floating_point():
         different = int((expected != found).sum())
-        return f"differs at {different} of {expected.numel()} places" if different else None
+        return f"differs at {different} of {expected.numel()} places"
     relative, of_largest = (magnification * t for t in TOLERANCES.get(expected.dtype, FP32_TOLERANCE))
-    a, b = expected.double(), found.double()
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    a, b = expected.to(wide), found.to(wide)
     finite = a.isfinite()
     largest = float(a[finite].abs().max()) if finite.any() else 0.0
     same = torch.isclose(b, a, rtol=relative, atol=of_largest * largest, equal_nan=True)

@@ -234,6 +234,11 @@ def test_dtypes_of_input_and_module(dtype):
         torch.testing.assert_close(ours._codebook.embed, module._codebook.embed)
 
 
+def test_k_means_of_more_codes_than_verification_has_rows():
+    """Many codes would start as one row, where stock takes any: a tie, and no reason to keep the module."""
+    assert mk.patch(VectorQuantize(DIM, 512, kmeans_init=True, use_cosine_sim=True, threshold_ema_dead_code=2)).replaced
+
+
 def test_rows_with_nan_spoil_no_other_code():
     """Stock multiplies them by the zeros of a one-hot matrix, and loses the whole codebook."""
     module = make()
