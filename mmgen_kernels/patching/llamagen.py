@@ -36,7 +36,7 @@ class VectorQuantizerForward(Forward):
         usage: float = count_usage(module, indices) if module.show_usage and module.training else 0
         vq_loss = commit_loss = entropy_loss = None
         if module.training:
-            dtype = torch.promote_types(z.dtype, codebook.dtype)
+            dtype = torch.promote_types(rows.dtype, codebook.dtype)
             vq_loss = graph_of(out.codebook_loss, codebook).to(dtype)
             commit_loss = module.beta * graph_of(out.commitment_loss, rows).to(dtype)
             entropy_loss = (entropy(module, rows, codebook) if module.entropy_loss_ratio else 0 * out.loss).to(dtype)

@@ -20,7 +20,8 @@ class VectorQuantizer2Forward(Forward):
 
     def __call__(self, z: Tensor, *others: Any, **options: Any) -> Any:
         module: Any = self.module
-        if has_hooks(module.embedding) or any(others) or any(options.values()):
+        given = [value for value in (*others, *options.values()) if value is not None and value is not False]
+        if has_hooks(module.embedding) or given:  # stock checks what it is given
             return self.stock(z, *others, **options)
         rows = z.permute(0, 2, 3, 1)  # (B, H, W, C)
         weight = module.embedding.weight  # (K, C)

@@ -258,6 +258,15 @@ def test_compiled_as_one_graph():
 
 
 @pytest.mark.unpoisoned
+def test_exported():
+    module = make().eval()
+    mk.patch(module, strict=True)
+    exported = torch.export.export(module, (x(),))
+    assert any("mmgen_kernels.vector_quantize" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x())[0], module(x())[0])
+
+
+@pytest.mark.unpoisoned
 def test_patched_after_it_was_compiled():
     module = make()
     compiled = torch.compile(module, backend="eager")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from twins import VectorQuantizer2, assert_same_training, trained
+from twins import VectorQuantizer, VectorQuantizer2, assert_same_training, trained
 
 import mmgen_kernels as mk
 from mmgen_kernels.patching.verification import Lookups
@@ -57,9 +57,10 @@ def test_arguments_of_a_call():
         module(z, temp=None, return_logits=False)
     assert len(seen.seen) == 2
     with Lookups() as seen:
-        module(z, 1.0)  # stock checks it
-        with pytest.raises(AssertionError):
-            module(z, return_logits=True)
+        module(z, 1.0)
+        for wrong in ({"temp": 0.0}, {"temp": 2.0}, {"return_logits": True}):
+            with pytest.raises(AssertionError):
+                module(z, **wrong)
     assert not seen.seen
 
 
@@ -87,6 +88,19 @@ def test_dtypes(dtype):
     assert quantized.dtype == stock[0].dtype and loss.dtype == stock[1].dtype
     rows = z.movedim(1, -1).reshape(-1, 1, 4).double()
     assert torch.equal(indices, (rows - module.embedding.weight.double()).square().sum(-1).argmin(1))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("make", (make, lambda: VectorQuantizer(9, 4, 0.25, 0.0, True, True)), ids=("taming", "llamagen"))
+def test_dtypes_under_autocast(make, dtype):
+    module = make()
+    ours = copy.deepcopy(module)
+    mk.patch(ours, strict=True)
+    z = inputs().to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (torch.utils._pytree.tree_leaves(side(z)) for side in (ours, module))
+    for a, b in zip(found, expected, strict=True):
+        assert not torch.is_tensor(b) or (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 @pytest.mark.parametrize(

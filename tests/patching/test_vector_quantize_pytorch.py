@@ -250,6 +250,39 @@ def test_rows_with_nan_spoil_no_other_code():
         assert side._codebook.embed.isnan().any(-1).sum() == lost
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_dtypes_under_autocast(dtype):
+    module = make(codebook_dim=5)
+    ours, _ = patched(module)
+    x = torch.randn(2, 13, DIM).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(ours(x), module(x), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def test_reverted_to_the_bit():
+    module = make_residual(shared_codebook=True, kmeans_init=True)
+    before = [dict(vars(m)) for m in module.modules()]
+    values = copy.deepcopy(module.state_dict())
+    with mk.patch(module) as handle:
+        assert len(handle.replaced) == 3
+        assert list(module.state_dict()) == list(values)
+    for m, was in zip(module.modules(), before, strict=True):
+        assert list(vars(m)) == list(was) and all(vars(m)[name] is value for name, value in was.items())
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in values.items())
+
+
+def test_a_copy_serves_itself():
+    module = make_residual()
+    mk.patch(module)
+    twin = copy.deepcopy(module).eval()
+    x = torch.randn(2, 13, DIM)
+    twin(x)
+    for layer in twin.layers:
+        layer._codebook.embed.fill_(2.0)
+    assert (twin(x)[0] == 6).all() and not (module.eval()(x)[0] == 6).any()
+
+
 # -- what it is for ---------------------------------------------------------------------------------------------------
 
 
