@@ -125,12 +125,11 @@ def _consider(handle: Handle, rule: Rule, name: str, module: nn.Module, verify: 
     if isinstance(there, Forward):
         handle.kept.append(Kept(name, kind, ("already patched, and left as it is",), already_patched=True))
         return False
-    reasons = [] if there is None else [f"its forward was already replaced on the instance, by {type(there).__name__}"]
-    reasons += rule.reasons_against(module)
-    if rule.encloses:
-        if reasons:
-            handle.kept.append(Kept(name, kind, tuple(reasons)))
-        return not reasons
+    reasons = rule.reasons_against(module)
+    if there is not None and not rule.encloses:
+        reasons = [f"its forward was already replaced on the instance, by {type(there).__name__}", *reasons]
+    if rule.encloses and not reasons:
+        return True
     if not reasons and verify:
         reasons = differences(rule, module)
     if reasons:

@@ -88,7 +88,7 @@ class FusedCodebook:
         if x.dim() < 4:
             rows = rows[None]
         leading = rows.shape[:-1]  # (H, B, N)
-        rows = rows.reshape(leading[0], -1, rows.shape[-1])  # (H, B * N, D)
+        rows = rows.flatten(1, -2)  # (H, B * N, D)
         if mask is not None:  # (B, N); where heads share a codebook they lie between B and N
             within = rows.shape[1] // max(1, mask.numel())
             mask = mask[:, None].expand(-1, within, -1).reshape(1, -1).expand(len(rows), -1)  # (H, B * N)

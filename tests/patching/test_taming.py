@@ -74,6 +74,19 @@ def test_memory_formats_and_strides():
             assert a.stride() == b.stride()
 
 
+@pytest.mark.parametrize(("codes", "shape"), ((1, (2, 4, 3, 5)), (9, (1, 4, 1, 1)), (9, (0, 4, 3, 5)), (9, (2, 1, 3, 5))))
+def test_small_sizes(codes, shape):
+    module = VectorQuantizer2(codes, shape[1], 0.25)
+    ours = copy.deepcopy(module)
+    mk.patch(ours, strict=True)
+    z = torch.randn(shape)
+    found, expected = (torch.utils._pytree.tree_leaves(side(z)) for side in (ours, module))
+    assert found[2:4] == expected[2:4] == [None, None] and torch.equal(found[4], expected[4])
+    torch.testing.assert_close(found[0], expected[0])
+    if z.numel():  # stock's mean over nothing is NaN
+        torch.testing.assert_close(found[1], expected[1])
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
 def test_dtypes(dtype):
     module = make().to(dtype)

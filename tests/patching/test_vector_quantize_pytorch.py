@@ -13,7 +13,7 @@ import mmgen_kernels as mk
 from mmgen_kernels.patching.verification import Lookups
 
 library = pytest.importorskip("vector_quantize_pytorch")
-from vector_quantize_pytorch import GroupedResidualVQ, RandomProjectionQuantizer, ResidualVQ, VectorQuantize  # noqa: E402
+from vector_quantize_pytorch import GroupedResidualVQ, HierarchicalVQ, RandomProjectionQuantizer, ResidualVQ, VectorQuantize  # noqa: E402
 
 DIM, CODES = 6, 11
 LEARNABLE = {"learnable_codebook": True, "ema_update": False}
@@ -191,6 +191,18 @@ def test_one_token():
     x = torch.randn(5, DIM)
     for a, b in zip(ours(x), module(x), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("dim", "codes", "rows"), ((1, 1, 4), (1, 7, 4), (5, 1, 4), (5, 7, 1), (5, 7, 0)))
+def test_small_sizes(dim, codes, rows):
+    torch.manual_seed(0)
+    module = VectorQuantize(dim, codes, threshold_ema_dead_code=2 if rows else 0)
+    ours, handle = patched(module)
+    assert handle.replaced, handle.report()
+    results, stock = (trained(side, lambda: torch.randn(2, rows, dim)) for side in (ours, module))
+    for name, expected in stock.items():
+        if torch.is_tensor(expected):
+            torch.testing.assert_close(results[name], expected, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("option", ("commitment_use_cross_entropy_loss", "has_codebook_diversity_loss"))
@@ -398,21 +410,22 @@ def test_residual_with_indices_fails_as_stock_does():
             side(torch.randn(2, 13, DIM), indices=torch.ones(2, 13, 3, dtype=torch.int64))
 
 
-def test_grouped_and_random_projection():
+def test_what_else_is_made_of_it():
     torch.manual_seed(0)
+    hierarchical = HierarchicalVQ(dim=DIM, codebook_size=CODES, scales=(1, 3, 13))
     grouped = GroupedResidualVQ(dim=DIM, groups=2, num_quantizers=2, codebook_size=CODES)
     projection = RandomProjectionQuantizer(dim=DIM, codebook_size=CODES, codebook_dim=4, num_codebooks=2)
-    for module, layers in ((grouped, 4), (projection, 1)):
+    for module, layers in ((grouped, 4), (projection, 1), (hierarchical, 1)):
         ours, handle = patched(module)
         assert len(handle.replaced) == layers and not handle.kept
-        x = torch.randn(2, 13, DIM)
+        x = torch.randn(2, DIM, 13) if module is hierarchical else torch.randn(2, 13, DIM)
         for _ in range(2):
             torch.manual_seed(1)
             stock = module(x)
             torch.manual_seed(1)
             found = ours(x)
             for a, b in zip(*(torch.utils._pytree.tree_leaves(v) for v in (found, stock)), strict=True):
-                torch.testing.assert_close(a, b)
+                assert a is b is None or torch.testing.assert_close(a, b) is None
 
 
 # -- other processes --------------------------------------------------------------------------------------------------
