@@ -67,7 +67,10 @@ SERVED = {
     "ema_update": [{"ema_update": False}],
     "manual_ema_update": [{"manual_ema_update": True}],
     "learnable_codebook": [LEARNABLE, {"heads": 2, "codebook_dim": 4, "separate_codebook_per_head": True, **LEARNABLE}],
-    "in_place_codebook_optimizer": [{"in_place_codebook_optimizer": sgd, **LEARNABLE}],
+    "in_place_codebook_optimizer": [
+        {"in_place_codebook_optimizer": sgd, **LEARNABLE},
+        {"in_place_codebook_optimizer": sgd, "threshold_ema_dead_code": 2, **LEARNABLE},  # its second lookup must not count
+    ],
     "manual_in_place_optimizer_update": [
         {"in_place_codebook_optimizer": sgd, "manual_in_place_optimizer_update": True, **LEARNABLE}
     ],
@@ -244,6 +247,28 @@ def test_dtypes_of_input_and_module(dtype):
         for a, b in zip(found, module(x), strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(ours._codebook.embed, module._codebook.embed)
+
+
+def test_k_means_with_equal_rows():
+    """Several codes start from one point and all but one stay there, unchosen, rather than move to 0 among the other rows."""
+    module = make(kmeans_init=True)
+    ours, _ = patched(module)
+    x = torch.randn(2, 40, DIM)
+    x[0] = 5.0
+    for side in (ours, module):
+        torch.manual_seed(0)
+        side(x)
+    torch.testing.assert_close(ours._codebook.embed, module._codebook.embed)
+    assert module._codebook.cluster_size.min() < 1
+
+
+def test_cosine_with_codes_that_are_not_normalised():
+    """Stock takes the largest product, not the nearest direction."""
+    module = make(use_cosine_sim=True).eval()
+    module.codebook = torch.randn(CODES, DIM)
+    ours, _ = patched(module)
+    x = torch.randn(2, 200, DIM)
+    assert torch.equal(ours(x)[1], module(x)[1])
 
 
 def test_k_means_of_more_codes_than_verification_has_rows():
