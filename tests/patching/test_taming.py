@@ -64,6 +64,14 @@ def test_arguments_of_a_call():
     assert not seen.seen
 
 
+def test_codes_of_an_input_without_gradient_want_none():
+    module = make()
+    mk.patch(module, strict=True)
+    for z in (inputs(), inputs().requires_grad_()):
+        quantized, loss, _ = module(z)
+        assert quantized.requires_grad == z.requires_grad and loss.requires_grad
+
+
 def test_memory_formats_and_strides():
     module = make()
     ours = copy.deepcopy(module)

@@ -230,6 +230,16 @@ def test_once_per_kind(monkeypatch):
     assert reasons(wrong, make()) and reasons(wrong, make()) and len(runs) == 7  # it may be the values of this one
 
 
+def test_a_flag_makes_another_kind():
+    """Whether k-means has run decides what a call does."""
+    module = make()
+    module.register_buffer("initted", torch.tensor(False))
+    kinds = [verification.kind(taming.VectorQuantizer2Rule(), module)]
+    module.initted.fill_(True)
+    kinds.append(verification.kind(taming.VectorQuantizer2Rule(), module))
+    assert kinds[0] != kinds[1] and len({*kinds}) == 2
+
+
 # -- near ties --------------------------------------------------------------------------------------------------------
 
 
