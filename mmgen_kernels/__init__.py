@@ -2,6 +2,7 @@
 
 from mmgen_kernels import backends, nn
 from mmgen_kernels.backends import backend_report, use_backend
+from mmgen_kernels.patching import patch
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
 from mmgen_kernels.vq.ops import (
     CodeStatistics,
@@ -31,6 +32,7 @@ __all__ = [
     "kmeans",
     "nearest_code",
     "nn",
+    "patch",
     "philox_integers",
     "philox_normal",
     "philox_uniform",

@@ -1,0 +1,186 @@
+"""mk.patch and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mmgen_kernels.patching.rule import Forward, Rule
+from mmgen_kernels.patching.verification import differences
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module that runs our code now."""
+
+    name: str  # qualified name within the patched object
+    kind: str  # its class
+    by: str
+    falls_back_when: tuple[str, ...]
+    verified: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A module that a rule knows and that stays as it is."""
+
+    name: str
+    kind: str
+    reasons: tuple[str, ...]
+    already_patched: bool = False
+
+
+class Handle:
+    """What was replaced and what was not; takes it back. A context manager that reverts on exit."""
+
+    def __init__(self) -> None:
+        self.replaced: list[Replaced] = []
+        self.kept: list[Kept] = []
+        self._patched: list[tuple[str, nn.Module, Forward]] = []
+        self._reverted = False
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.revert()
+
+    def revert(self) -> None:
+        """Gives every module its own forward back. Doing it twice does nothing.
+
+        Raises:
+            RuntimeError: if somebody replaced a forward after `patch` did; all others are reverted first.
+        """
+        self._reverted = True
+        stuck = []
+        for name, module, forward in self._patched:
+            found = vars(module).get("forward")
+            if found is forward:
+                del module.forward
+            elif found is not None and not isinstance(found, Forward):
+                stuck.append((name, module, forward))
+        self._patched = stuck
+        if stuck:
+            told = ", ".join(f"{name} by {vars(module)['forward']!r}" for name, module, _ in stuck)
+            raise RuntimeError(f"cannot revert what was replaced again since: {told}")
+
+    def report(self) -> str:
+        """What was replaced by what, what was not and why, and which calls the stock code still serves."""
+        state = ", reverted since" if self._reverted else ""
+        lines = [f"mk.patch: {len(self.replaced)} replaced{state}, {len(self.kept)} kept"]
+        for r in self.replaced:
+            lines.append(f"  replaced {r.name} ({r.kind}) by {r.by}, {'verified' if r.verified else 'not verified'}")
+        for k in self.kept:
+            lines.append(f"  kept     {k.name} ({k.kind}): {'; '.join(k.reasons)}")
+        calls = {(r.kind, r.falls_back_when): None for r in self.replaced if r.falls_back_when}
+        for kind, when in calls:
+            lines.append(f"  {kind} falls back to stock when: {'; '.join(when)}")
+        if not self.replaced and not self.kept:
+            lines.append("  no module here is known to any rule")
+        return "\n".join(lines)
+
+    __str__ = report
+
+
+def patch_with(
+    rules: Iterable[Rule], object: Any, *, families: str | Iterable[str] | None, verify: bool, strict: bool
+) -> Handle:
+    """`patch`, with the rules as an argument."""
+    rules = list(rules)
+    wanted = _families(families, sorted({rule.family for rule in rules}))
+    for name, flag in (("verify", verify), ("strict", strict)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+    rules = [rule for rule in rules if rule.family in wanted]
+    modules = list(_modules("", object, set()))
+    if not modules:
+        raise TypeError(f"object must be an nn.Module or hold some, got {type(object).__name__} without any")
+    handle = Handle()
+    below_kept: set[int] = set()
+    try:
+        for name, module in modules:
+            if id(module) in below_kept:
+                continue
+            rule = next((rule for rule in rules if rule.recognises(module)), None)
+            if rule is None:
+                continue
+            adopted = _consider(handle, rule, name or type(module).__name__, module, verify)
+            if rule.encloses and not adopted:
+                below_kept |= {id(child) for child in module.modules()}
+        if strict:
+            _demand(handle)
+    except BaseException:
+        handle.revert()
+        raise
+    return handle
+
+
+def _consider(handle: Handle, rule: Rule, name: str, module: nn.Module, verify: bool) -> bool:
+    """Patches the module if nothing speaks against it, and books what was done."""
+    kind = type(module).__name__
+    there = vars(module).get("forward")
+    if isinstance(there, Forward):
+        handle.kept.append(Kept(name, kind, ("already patched, and left as it is",), already_patched=True))
+        return False
+    reasons = rule.reasons_against(module)
+    if there is not None and not rule.encloses:
+        reasons = [f"its forward was already replaced on the instance, by {type(there).__name__}", *reasons]
+    if rule.encloses and not reasons:
+        return True
+    if not reasons and verify:
+        reasons = differences(rule, module)
+    if reasons:
+        handle.kept.append(Kept(name, kind, tuple(reasons)))
+        return False
+    forward = rule.forward(module)
+    module.forward = forward  # type: ignore[method-assign]
+    handle._patched.append((name, module, forward))
+    handle.replaced.append(Replaced(name, kind, rule.by, rule.falls_back_when, verify))
+    return True
+
+
+def _demand(handle: Handle) -> None:
+    stock = [kept for kept in handle.kept if not kept.already_patched]
+    if stock or not (handle.replaced or handle.kept):
+        what = "kept as they were" if stock else "nothing to replace"
+        raise RuntimeError(f"strict=True, and {what}:\n{handle.report()}")
+
+
+def _families(families: str | Iterable[str] | None, known: list[str]) -> list[str]:
+    if families is None:
+        return known
+    wanted = [families] if isinstance(families, str) else list(families)
+    for family in wanted:
+        if family not in known:
+            raise ValueError(f"families must be among {', '.join(known)}, got {family!r}")
+    return wanted
+
+
+def _modules(name: str, object: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Every module in the object once, parents before children: of modules, containers, and attributes such as a pipeline's."""
+    if id(object) in seen:
+        return
+    if isinstance(object, nn.Module):
+        for path, module in object.named_modules():
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield ".".join(part for part in (name, path) if part), module
+        return
+    seen.add(id(object))
+    if isinstance(object, Mapping):
+        children = [(str(key), value) for key, value in object.items()]
+    elif isinstance(object, (list, tuple)):
+        children = [(str(i), value) for i, value in enumerate(object)]
+    elif not name:  # attributes of the object itself only: what hangs further down is not its own
+        children = [(key, value) for key, value in getattr(object, "__dict__", {}).items() if _may_hold(value)]
+    else:
+        return
+    for key, value in children:
+        yield from _modules(f"{name}.{key}" if name else key, value, seen)
+
+
+def _may_hold(value: Any) -> bool:
+    return isinstance(value, (nn.Module, Mapping, list, tuple))
