@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "philox/tensors.h"
+#include "vq/code_entropy.h"
 #include "vq/tensors.h"
 #include "vq/vector_quantize.h"
 
@@ -9,6 +10,8 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("nearest_code", TORCH_BOX(&mmgen_kernels::vq::nearest_code_cpu));
   m.impl("vector_quantize", TORCH_BOX(&mmgen_kernels::vq::vector_quantize_cpu));
   m.impl("vector_quantize_backward", TORCH_BOX(&mmgen_kernels::vq::vector_quantize_backward_cpu));
+  m.impl("code_entropy", TORCH_BOX(&mmgen_kernels::vq::code_entropy_cpu));
+  m.impl("code_entropy_backward", TORCH_BOX(&mmgen_kernels::vq::code_entropy_backward_cpu));
   m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cpu));
   m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cpu));
   m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cpu));

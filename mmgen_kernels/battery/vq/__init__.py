@@ -1,5 +1,5 @@
-"""Cases of nearest_code and vector_quantize."""
+"""Cases of the family's operators."""
 
-from mmgen_kernels.battery.vq import nearest_code, vector_quantize
+from mmgen_kernels.battery.vq import code_entropy, nearest_code, vector_quantize
 
-CASES = [*nearest_code.CASES, *vector_quantize.CASES]
+CASES = [*nearest_code.CASES, *vector_quantize.CASES, *code_entropy.CASES]

@@ -3,6 +3,7 @@
 Shapes: x (..., D) with codebook (K, D), or x (H, ..., D) with codebook (H, K, D).
 """
 
+from mmgen_kernels.vq.reference.entropy import code_entropy, code_entropy_backward
 from mmgen_kernels.vq.reference.lookup import (
     gather,
     nearest_code,
@@ -12,4 +13,13 @@ from mmgen_kernels.vq.reference.lookup import (
     with_heads,
 )
 
-__all__ = ["gather", "nearest_code", "quantize", "vector_quantize", "vector_quantize_backward", "with_heads"]
+__all__ = [
+    "code_entropy",
+    "code_entropy_backward",
+    "gather",
+    "nearest_code",
+    "quantize",
+    "vector_quantize",
+    "vector_quantize_backward",
+    "with_heads",
+]
