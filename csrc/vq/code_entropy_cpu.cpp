@@ -263,7 +263,10 @@ void forward(const Problem<Real>& problem, Row* rows, double* mean_probability) 
         mean_probability[tile.first + k] += std::accumulate(&lanes[k * width], &lanes[(k + 1) * width], 0.0);
     });
   }
-  for (int64_t k = 0; k < problem.codes.count; ++k) mean_probability[k] /= static_cast<double>(std::max<int64_t>(1, problem.count));
+  // Their sum is the number of rows but for roundings, which equal rows would make alike, and is what makes a mean of it.
+  const double sum = std::accumulate(mean_probability, mean_probability + problem.codes.count, 0.0);
+  if (problem.count > 0)
+    for (int64_t k = 0; k < problem.codes.count; ++k) mean_probability[k] /= sum;
 }
 
 // The gradient of v from that of v / |v|: what is across v, divided by |v|; 0 for a zero vector, whose score is a constant.
@@ -290,7 +293,12 @@ void backward(const Problem<Real>& problem, const Backward& in, const Gradients<
   Block<Real> block(problem);
   const int64_t room = block.room;
   Terms<Real> terms(room);
-  std::vector<double> totals(in.weights ? problem.chunks * room : 0);
+  std::vector<double> totals(problem.chunks * room);
+  const auto total_of = [&](int64_t i) {
+    double total = 0;
+    for (int64_t chunk = 0; chunk < problem.chunks; ++chunk) total += totals[chunk * room + i];
+    return total;
+  };
   Buffer<Real> to_rows(out.x ? problem.chunks * room * stride : 0);
   const auto weights_of = [&](const Tile<Real>& tile, Real* weights) {
     for (int64_t k = 0; k < tile.padded; ++k) weights[k] = in.weights && k < tile.count ? static_cast<Real>(in.weights[tile.first + k]) : 0;
@@ -313,12 +321,10 @@ void backward(const Problem<Real>& problem, const Backward& in, const Gradients<
                                        &totals[chunk * room + p * height]);
         }
       });
-      for (int64_t i = 0; i < block.count; ++i) {
-        double total = 0;
-        for (int64_t chunk = 0; chunk < problem.chunks; ++chunk) total += totals[chunk * room + i];
-        terms.constant[i] = static_cast<Real>(-total / in.rows[problem.row(first + i)].total);
-      }
+      for (int64_t i = 0; i < block.count; ++i)
+        terms.constant[i] = static_cast<Real>(-total_of(i) / in.rows[problem.row(first + i)].total);
     }
+    std::fill(totals.begin(), totals.end(), 0.0);
     std::fill(to_rows.begin(), to_rows.end(), Real(0));
     each_tile(problem, [&](Tile<Real>& tile, int64_t chunk) {
       Real weights[tile_codes];
@@ -328,7 +334,8 @@ void backward(const Problem<Real>& problem, const Backward& in, const Gradients<
       if (out.codebook) to_codes.assign(tile.padded * stride, Real(0));
       for (int64_t p = 0; p < block.panels; ++p) {
         tile.score(block, p);
-        problem.kernels.gradient(tile.scores.data(), tile.padded, terms.panel(p * height), weights, lanes.data());
+        problem.kernels.gradient(tile.scores.data(), tile.padded, terms.panel(p * height), weights, lanes.data(),
+                                 &totals[chunk * room + p * height]);
         if (out.codebook)
           problem.kernels.add_to_codes(tile.scores.data(), block.rows.data() + p * height * stride, stride, tile.padded, to_codes.data());
         if (out.x)
@@ -355,9 +362,11 @@ void backward(const Problem<Real>& problem, const Backward& in, const Gradients<
         std::fill(total.begin(), total.end(), 0.0);
         for (int64_t chunk = 0; chunk < problem.chunks; ++chunk)
           for (int64_t d = 0; d < dim; ++d) total[d] += to_rows[(chunk * room + i) * stride + d];
-        if (problem.metric == Metric::cosine) {
-          const double inverse_length = problem.prepare(problem.x, problem.row(first + i), row.data());
-          project(row.data(), inverse_length, total.data(), dim);
+        const double inverse_length = problem.prepare(problem.x, problem.row(first + i), row.data());
+        if (problem.metric == Metric::cosine) project(row.data(), inverse_length, total.data(), dim);
+        if (problem.metric == Metric::l2) {  // the gradients of its scores add up to 0 but for roundings, of which x - c is not made
+          const double left = total_of(i) * problem.scale;
+          for (int64_t d = 0; d < dim; ++d) total[d] -= left * row[d];
         }
         Real* to = out.x + problem.row(first + i) * dim;
         for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<Real>(total[d]);

@@ -16,6 +16,7 @@ struct Vectors {
   typedef T Vec __attribute__((vector_size(BYTES)));  // `using` loses the attribute of a dependent type
   typedef int32_t Bits __attribute__((vector_size(BYTES)));
   static constexpr int width = BYTES / sizeof(T);
+  typedef double Wide __attribute__((vector_size(width * sizeof(double))));
 
   static Vec load(const T* p) {
     Vec v;
@@ -23,6 +24,7 @@ struct Vectors {
     return v;
   }
   static void store(T* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+  static Wide widen(Vec v) { return __builtin_convertvector(v, Wide); }
   static Vec broadcast(T x) { return x - Vec{}; }  // and not x + 0, which has no -0
 };
 
@@ -63,11 +65,11 @@ struct Loops {
   using Vec = typename Lanes::Vec;
   static constexpr int W = Lanes::width, vectors = 2, rows = vectors * W;
 
-  // Sums of a few products each, added up: a chain of D roundings would err sqrt(D) times as much. D = 64: half of it.
+  // Sums of eight products each, added up: at D = 64 they err half as much as a chain of 64 roundings.
   template <int CODES>
   static void score(const Real* panel, const Real* codes, const Real* offsets, int64_t dim, int64_t stride, int64_t count,
                     Real* scores) {
-    constexpr int64_t chain = 16;
+    constexpr int64_t chain = 8;
     for (int64_t k = 0; k < count; k += CODES, codes += CODES * stride, scores += CODES * rows) {
       for (int64_t begin = 0; begin < dim; begin += chain) {
         const int64_t end = begin + chain < dim ? begin + chain : dim;
@@ -96,8 +98,9 @@ struct Loops {
 
   static void reduce(const Real* scores, int64_t count, Real* largest, double* sum, double* weighted) {
     for (int v = 0; v < rows; v += W) {
-      Real sums[W], products[W], maxima[W];
-      Vec most = Lanes::load(largest + v), total{}, product{};
+      Real maxima[W];
+      Vec most = Lanes::load(largest + v);
+      typename Lanes::Wide total{}, product{};  // what is missing here is missing in all gradients of a row
       for (int64_t k = 0; k < count; ++k) {
         const Vec score = Lanes::load(scores + k * rows + v);
         most = score > most ? score : most;
@@ -105,11 +108,9 @@ struct Loops {
       for (int64_t k = 0; k < count; ++k) {
         const Vec below = Lanes::load(scores + k * rows + v) - most;  // NaN where the score is
         const Vec e = exponential<Lanes>(below);
-        total += e;
-        product = Lanes::fmadd(e, below, product);
+        total += Lanes::widen(e);
+        product += Lanes::widen(e * below);
       }
-      Lanes::store(sums, total);
-      Lanes::store(products, product);
       Lanes::store(maxima, most);
       for (int i = 0; i < W; ++i) {
         const int r = v + i;
@@ -119,8 +120,8 @@ struct Loops {
           sum[r] *= shrink;
         }
         largest[r] = maxima[i];
-        sum[r] += sums[i];
-        weighted[r] += products[i];
+        sum[r] += total[i];
+        weighted[r] += product[i];
       }
     }
   }
@@ -139,20 +140,27 @@ struct Loops {
   static void add_weighted(const Real* scores, int64_t count, const RowTerms<Real>& terms, const Real* weights, double* totals) {
     for (int v = 0; v < rows; v += W) {
       const Vec largest = Lanes::load(terms.largest + v);
-      Vec total{};
-      for (int64_t k = 0; k < count; ++k) {
-        const Vec e = exponential<Lanes>(Lanes::load(scores + k * rows + v) - largest);
-        total = Lanes::fmadd(e, Lanes::broadcast(weights[k]), total);
-      }
-      for (int i = 0; i < W; ++i) totals[v + i] += total[i];
+      Vec total[4] = {};  // four chains: shorter ones round less
+      for (int64_t k = 0; k < count; k += 4)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const Vec e = exponential<Lanes>(Lanes::load(scores + (k + j) * rows + v) - largest);
+          total[j] = Lanes::fmadd(e, Lanes::broadcast(weights[k + j]), total[j]);
+        }
+      const Vec sum = (total[0] + total[1]) + (total[2] + total[3]);
+      for (int i = 0; i < W; ++i) totals[v + i] += sum[i];
     }
   }
 
-  static void gradient(Real* scores, int64_t count, const RowTerms<Real>& terms, const Real* weights, Real* sums) {
+  static void gradient(Real* scores, int64_t count, const RowTerms<Real>& terms, const Real* weights, Real* sums,
+                       double* totals) {
+    Vec of_rows[vectors] = {};
     for (int64_t k = 0; k < count; ++k, sums += W) {
       const Vec weight = Lanes::broadcast(weights[k]);
       Vec total = Lanes::load(sums);
-      for (int i = 0; i < rows; i += W) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        const int i = v * W;
         const Vec below = Lanes::load(scores + k * rows + i) - Lanes::load(terms.largest + i);
         const Vec p = exponential<Lanes>(below) * Lanes::load(terms.inverse_total + i);
         const Vec slope = Lanes::fmadd(Lanes::load(terms.slope + i), below - Lanes::load(terms.mean_below + i),
@@ -161,9 +169,11 @@ struct Loops {
         const Vec g = below < Real(negligible) ? Vec{} : p * slope;
         Lanes::store(scores + k * rows + i, g);
         total += g;
+        of_rows[v] += g;
       }
       Lanes::store(sums, total);
     }
+    for (int r = 0; r < rows; ++r) totals[r] += of_rows[r / W][r % W];
   }
 
   // out[i][d] += sum over n of factors[n * next + i * step] matrix[n][d], for COUNT i and VECTORS vectors of d.

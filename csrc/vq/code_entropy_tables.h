@@ -34,8 +34,8 @@ struct Kernels {
   void (*add_probabilities)(const Real* scores, int64_t count, const RowTerms<Real>& terms, Real* sums);
   // totals[r] += sum_k p weights[k] total
   void (*add_weighted)(const Real* scores, int64_t count, const RowTerms<Real>& terms, const Real* weights, double* totals);
-  // scores = p (weights[k] + constant[r] + slope[r] (score - mean score)), and sums[k][lane] += that
-  void (*gradient)(Real* scores, int64_t count, const RowTerms<Real>& terms, const Real* weights, Real* sums);
+  // scores = p (weights[k] + constant[r] + slope[r] (score - mean score)); sums[k][lane] and totals[r] += that
+  void (*gradient)(Real* scores, int64_t count, const RowTerms<Real>& terms, const Real* weights, Real* sums, double* totals);
   // out[k][d] += sum_r factors[k][r] matrix[r][d], for all rows of a panel and `dim` a multiple of `width`
   void (*add_to_codes)(const Real* factors, const Real* matrix, int64_t dim, int64_t count, Real* out);
   // out[r][d] += sum_k factors[k][r] matrix[k][d]
