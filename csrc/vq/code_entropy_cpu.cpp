@@ -38,8 +38,8 @@ double inverse_length(const double* values, int64_t dim) {
   return squared == 0 ? 0 : 1 / std::sqrt(squared);  // a zero vector scores 0
 }
 
-// One head. Scores over the temperature are scale * x . c + offset of prepared rows and codes: centred by the mean code, which
-// l2 does not see (its -|x|^2 is left out, as all codes of a row share it), as they are (dot), or of length 1 (cosine).
+// One head. Scores over the temperature are scale * x . c + offset of prepared rows and codes: less the mean code, which l2
+// does not see (its -|x|^2 is left out, as all codes of a row share it), as they are (dot), or of length 1 (cosine).
 template <class Real>
 struct Problem {
   Kernels<Real> kernels = kernels_of<Real>(selected());
@@ -49,7 +49,7 @@ struct Problem {
   std::vector<int64_t> valid;  // the valid rows; unused where `all` are
   bool all;
   int64_t count;               // of valid rows
-  std::vector<double> mean;    // of the codes; empty but for l2
+  std::vector<double> mean;    // of the codes, or zero; empty but for l2
   int64_t stride, tiles, tiles_per_chunk, chunks, block;
 
   Problem(const Rows& x, const Rows& codes, const bool* mask, Metric metric, double temperature)
@@ -74,15 +74,17 @@ struct Problem {
   int64_t codes_of(int64_t tile) const { return std::min(tile_codes, codes.count - first_code(tile)); }
   int64_t end_tile(int64_t chunk) const { return std::min(tiles, (chunk + 1) * tiles_per_chunk); }
 
+  // Zero where subtracting the mean would cost more digits than it saves: where it is shorter than the codes by much.
   void find_mean() {
     const int64_t dim = codes.dim;
-    std::vector<double> sums(chunks * dim, 0.0);
+    std::vector<double> sums(chunks * dim, 0.0), squares(chunks, 0.0);
     parallel(chunks, tiles_per_chunk * tile_codes * dim, [&](int64_t begin, int64_t end) {
       std::vector<double> code(dim);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t last = std::min(codes.count, end_tile(chunk) * tile_codes);
         for (int64_t k = chunk * tiles_per_chunk * tile_codes; k < last; ++k) {
           read_row(codes, k, code.data());
+          squares[chunk] += sum_of_squares(code.data(), dim);
           for (int64_t d = 0; d < dim; ++d) sums[chunk * dim + d] += code[d];
         }
       }
@@ -91,6 +93,8 @@ struct Problem {
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (int64_t d = 0; d < dim; ++d) mean[d] += sums[chunk * dim + d];
     for (double& m : mean) m /= static_cast<double>(codes.count);
+    const double square = std::accumulate(squares.begin(), squares.end(), 0.0) / static_cast<double>(codes.count);
+    if (!(sum_of_squares(mean.data(), dim) > 0.5 * square)) mean.assign(dim, 0.0);
   }
 
   // A row or a code in fp64 as the metric sees it; returns 1 / length for cosine, else 1.

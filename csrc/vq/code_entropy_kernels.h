@@ -24,7 +24,7 @@ struct Vectors {
     return v;
   }
   static void store(T* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-  static Wide widen(Vec v) { return __builtin_convertvector(v, Wide); }
+  static void add(Vec v, Wide& sum) { sum += __builtin_convertvector(v, Wide); }
   static Vec broadcast(T x) { return x - Vec{}; }  // and not x + 0, which has no -0
 };
 
@@ -108,8 +108,8 @@ struct Loops {
       for (int64_t k = 0; k < count; ++k) {
         const Vec below = Lanes::load(scores + k * rows + v) - most;  // NaN where the score is
         const Vec e = exponential<Lanes>(below);
-        total += Lanes::widen(e);
-        product += Lanes::widen(e * below);
+        Lanes::add(e, total);
+        Lanes::add(e * below, product);
       }
       Lanes::store(maxima, most);
       for (int i = 0; i < W; ++i) {

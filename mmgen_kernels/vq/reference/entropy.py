@@ -150,9 +150,14 @@ def prepared_codes(
 ) -> tuple[Tensor, Tensor | float, Tensor | None, Tensor | None]:
     """(K, D) codes such that row @ code + offset is the score over the temperature, offsets, inverse lengths, the mean code.
 
-    l2 is the same for all codes and rows less the mean code, which large offsets need; -|x|^2, common to a row's scores, is left out.
+    l2 is the same for all codes and rows less the mean code, which large offsets need and short means do not; -|x|^2, common to a
+    row's scores, is left out.
     """
-    mean = codes.mean(0, dtype=torch.float64) if metric == "l2" else None  # (D,)
+    mean = None
+    if metric == "l2":
+        mean = codes.mean(0, dtype=torch.float64)  # (D,)
+        square = codes.double().square().sum(1).mean()
+        mean = torch.where(mean.square().sum() > 0.5 * square, mean, 0)
     codes, scales = prepared(codes, metric, mean)
     if metric != "l2":
         return codes / temperature, 0.0, scales, mean
