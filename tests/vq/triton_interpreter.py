@@ -45,6 +45,13 @@ class Interpreter:
         answer = self.pool.submit(quantize_in_process, request.getvalue()).result()
         return torch.load(io.BytesIO(answer))
 
+    def code_entropy(self, x, codebook, upstream, **options):
+        """Entropies and gradients by name, as the battery's `run` gives them."""
+        request = io.BytesIO()
+        torch.save((x, codebook, upstream, options), request)
+        answer = self.pool.submit(entropies_in_process, request.getvalue()).result()
+        return torch.load(io.BytesIO(answer))
+
     def opcheck(self, *arguments):
         self.pool.submit(opcheck_in_process, arguments).result()
 
@@ -80,6 +87,17 @@ def with_gradients(implementation, x, codebook, **options):
         results = mk.vector_quantize(x, codebook, **options)
         gradients = torch.autograd.grad(results.quantized.sum() + results.loss, (x, codebook))
     return [r.detach() for r in (*results, *gradients)]
+
+
+def entropies_in_process(request):
+    from mmgen_kernels.battery.vq.code_entropy import NAMES, run
+
+    x, codebook, upstream, options = torch.load(io.BytesIO(request))
+    uses = options.pop("uses", NAMES)
+    answer = io.BytesIO()
+    with mk.use_backend("triton"):
+        torch.save(run(lambda a, b: mk.code_entropy(a, b, **options), x, codebook, upstream, uses), answer)
+    return answer.getvalue()
 
 
 def opcheck_in_process(arguments):

@@ -88,9 +88,8 @@ def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, use
     def prepare(device: torch.device, dtypes):
         x, codebook, mask = inputs(device, dtypes)
         on_cpu = (x.cpu(), codebook.cpu(), None if mask is None else mask.cpu())
-        upstream = randn(*x.shape[:-1], seed=8), rand(*codebook.shape[:-2], seed=9) - 2
         wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-        upstream = tuple(u.to(wide) for u in upstream)
+        upstream = randn(*x.shape[:-1], seed=8).to(wide), (rand(*codebook.shape[:-2], seed=9) - 2).to(wide)
 
         def exactly(rows, codes):
             return dense(rows, codes, on_cpu[2], **options, differences=True)
@@ -101,11 +100,11 @@ def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, use
         truth = run(exactly, on_cpu[0].double(), on_cpu[1].double(), upstream, uses)
         spoil(truth, *on_cpu, uses)
         plain = run(plainly, on_cpu[0].to(wide), on_cpu[1].to(wide), upstream, uses)
-        for name, of in zip(GRADIENTS, on_cpu, strict=False):
+        for name, of in zip(GRADIENTS, on_cpu[:2], strict=True):
             if of.dtype.itemsize == 2:  # what is rounded to 16 bits has the error of 16 bits for a bar
                 plain[name] = run(plainly, on_cpu[0].to(of.dtype), on_cpu[1].to(of.dtype), upstream, uses)[name]
             plain[name] = plain[name].to(of.dtype)
-        upstream = tuple(u.to(device) for u in upstream)
+        upstream = upstream[0].to(device), upstream[1].to(device)
 
         def once() -> dict[str, Tensor]:
             return run(lambda rows, codes: mk.code_entropy(rows, codes, mask=mask, **options), x, codebook, upstream, uses)
@@ -170,7 +169,8 @@ ONLY = {"sample": NAMES[:1], "mean": NAMES[1:]}
 # fp64 is judged where scores are of order 1: elsewhere the truth, of fp64 too, is as far from the real numbers as the result.
 NARROW = SAME[1:]
 # Data on which fp32 scores neither overflow nor vanish.
-GOOD_DATA = ("gaussian", "normalised", "taming", "offset", "spread", "fourfold", "all_equal", "zeros", "all_zero", "hits", "near_ties")
+GOOD_DATA = ("gaussian", "normalised", "taming", "offset", "spread", "fourfold", "all_equal", "zeros", "all_zero")
+GOOD_DATA += ("hits", "near_ties")
 NOT_FINITE = ("nan_rows", "inf_rows", "nan_codes", "inf_codes", "inf_rows_nan_codes", "all_nan_codes")
 SIZES = ((1, 1, 1), (1, 64, 3), (2, 65, 1), (33, 7, 257), (31, 128, 16), (65, 200, 5), (1100, 2150, 4))  # N, K, D
 QUICK = ("options_l2", "options_cosine", "ibq", "mask", "heads")

@@ -12,6 +12,8 @@ from mmgen_kernels import backends, library
 from mmgen_kernels.vq import reference
 from mmgen_kernels.vq.ops.checks import FAMILY, check_lookup, check_number
 
+TRITON = "mmgen_kernels.vq.triton_kernels.entropy"
+
 
 class CodeEntropy(NamedTuple):
     """What `code_entropy` returns: fp32, or fp64 where either input is."""
@@ -118,5 +120,6 @@ CODE_ENTROPY = library.define(
     " bool need_grad_x, bool need_grad_codebook) -> (Tensor grad_x, Tensor grad_codebook)",
     backward_reference=reference.code_entropy_backward,
     backward_fake=code_entropy_backward_fake,
+    launchers={"triton": (f"{TRITON}:code_entropy", f"{TRITON}:code_entropy_backward")},
     vmap=code_entropy_vmap,
 )

@@ -68,12 +68,7 @@ def code_entropy_backward(
     slopes = None if grad_sample_entropy is None else -grad_sample_entropy.double().reshape(rows.shape[:2])  # (H, N)
     weights = None
     if grad_mean_entropy is not None:
-        q = mean_probability.double().reshape(codes.shape[:2])  # (H, K)
-        derivative = -(q + eps).log() - q / (q + eps)
-        weights = (torch.where(q == 0, 0, derivative) if eps == 0 else derivative) * (
-            grad_mean_entropy.double().reshape(heads) / valid.sum(1).clamp(min=1)
-        )[:, None]
-        weights = weights - (q * weights).sum(1, keepdim=True)  # a constant has no gradient
+        weights = weights_of(mean_probability.reshape(codes.shape[:2]), valid.sum(1), grad_mean_entropy.reshape(heads), eps)
     grad_rows = torch.zeros(rows.shape, dtype=torch.float64, device=x.device)
     grad_codes = torch.zeros(codes.shape, dtype=torch.float64, device=x.device)
     for h in range(heads):
@@ -103,6 +98,16 @@ def code_entropy_backward(
         grad_rows.view(x.shape).to(x.dtype) if need_grad_x else x.new_empty(0),
         grad_codes.view(codebook.shape).to(codebook.dtype) if need_grad_codebook else codebook.new_empty(0),
     )
+
+
+def weights_of(mean_probability: Tensor, count: Tensor, grad_mean_entropy: Tensor, eps: float) -> Tensor:
+    """(H, K) the gradient by each row's probability of a code, less their mean: a constant has no gradient."""
+    q = mean_probability.double()
+    derivative = -(q + eps).log() - q / (q + eps)
+    if eps == 0:
+        derivative = torch.where(q == 0, 0, derivative)
+    weights = derivative * (grad_mean_entropy.double() / count.clamp(min=1))[:, None]
+    return weights - (q * weights).sum(1, keepdim=True)
 
 
 def valid_rows(mask: Tensor | None, rows: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ def padded(values: Tensor, n: int) -> Tensor:
 def prepared(vectors: Tensor, metric: str, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """fp64 as the metric sees them: less the mean code (l2) or of length 1 (cosine: the inverse lengths come too, 0 for 0)."""
     vectors = vectors.double()
-    if metric == "l2":
+    if mean is not None:
         return vectors - mean, None
     if metric == "dot":
         return vectors, None
