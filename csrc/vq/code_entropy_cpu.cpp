@@ -20,7 +20,7 @@ namespace entropy {
 namespace {
 
 constexpr int64_t max_chunks = 32, max_block = 1024;
-constexpr int64_t partial_bytes = 8 << 20;  // of the gradients of a block's rows, one per chunk
+constexpr int64_t partial_bytes = 6 << 20;  // of the gradients of a block's rows, one per chunk
 
 template <class T>
 using Buffer = std::vector<T, Aligned<T>>;
