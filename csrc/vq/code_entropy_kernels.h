@@ -162,11 +162,13 @@ struct Loops {
       for (int v = 0; v < vectors; ++v) {
         const int i = v * W;
         const Vec below = Lanes::load(scores + k * rows + i) - Lanes::load(terms.largest + i);
+        const Vec mean_below = Lanes::load(terms.mean_below + i);
         const Vec p = exponential<Lanes>(below) * Lanes::load(terms.inverse_total + i);
-        const Vec slope = Lanes::fmadd(Lanes::load(terms.slope + i), below - Lanes::load(terms.mean_below + i),
-                                       weight + Lanes::load(terms.constant + i));
-        // Smaller probabilities would make products that are no normal numbers, which cost 100 times as much.
-        const Vec g = below < Real(negligible) ? Vec{} : p * slope;
+        const Vec slope =
+            Lanes::fmadd(Lanes::load(terms.slope + i), below - mean_below, weight + Lanes::load(terms.constant + i));
+        // Smaller probabilities would make products that are no normal numbers, which cost 100 times as much. They count as 0,
+        // and as NaN in a row that is not finite.
+        const Vec g = below < Real(negligible) ? mean_below - mean_below : p * slope;
         Lanes::store(scores + k * rows + i, g);
         total += g;
         of_rows[v] += g;

@@ -169,7 +169,19 @@ ONLY = {"sample": NAMES[:1], "mean": NAMES[1:]}
 # fp64 is judged where scores are of order 1: elsewhere the truth, of fp64 too, is as far from the real numbers as the result.
 NARROW = SAME[1:]
 # Data on which fp32 scores neither overflow nor vanish.
-GOOD_DATA = tuple("gaussian normalised taming offset spread fourfold all_equal zeros all_zero hits near_ties".split())
+GOOD_DATA = (
+    "gaussian",
+    "normalised",
+    "taming",
+    "offset",
+    "spread",
+    "fourfold",
+    "all_equal",
+    "zeros",
+    "all_zero",
+    "hits",
+    "near_ties",
+)
 NOT_FINITE = ("nan_rows", "inf_rows", "nan_codes", "inf_codes", "inf_rows_nan_codes", "all_nan_codes")
 SIZES = ((1, 1, 1), (1, 64, 3), (2, 65, 1), (33, 7, 257), (31, 128, 16), (65, 200, 5), (1100, 2150, 4))  # N, K, D
 QUICK = ("options_l2", "options_cosine", "ibq", "mask", "heads")

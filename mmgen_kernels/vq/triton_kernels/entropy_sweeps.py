@@ -128,7 +128,7 @@ def tile_of_gradients(
     below = tile_of_scores(rows, codes, offsets, n, k, N, K, D, BLOCK_N, BLOCK_K, BLOCK_D) - most[:, None]
     p = exponential(below) * inverse[:, None]
     along = weight[None, :] + constant[:, None] + slope[:, None] * (below - mean_below[:, None])
-    return tl.where(below < NEGLIGIBLE, 0.0, p * along)
+    return tl.where(below < NEGLIGIBLE, (mean_below - mean_below)[:, None], p * along)  # NaN in a row that is not finite
 
 
 @triton.jit(do_not_specialize=["N", "K", "tiles", "tiles_per_range", "ranges", "columns"])
