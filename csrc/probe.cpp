@@ -16,6 +16,7 @@
 #include "simd/vec_scalar.h"
 #pragma GCC diagnostic ignored "-Wunused-function"  // of a pass only its format is looked at here
 #include "vq/bf16_pass.h"
+#include "vq/code_entropy_tables.h"
 #include "vq/nearest_code.h"
 #include "vq/nearest_code_simt.h"
 
@@ -167,6 +168,13 @@ double fma_peak(double seconds, int threads) {
   return best;
 }
 
+// e^x as code_entropy computes it.
+py::array_t<float> exponentials(const Matrix& x, const std::string& set) {
+  py::array_t<float> out(x.size());
+  vq::entropy::kernels_of<float>(by_name(set)).exponentials(x.data(), x.size(), out.mutable_data());
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_probe, m) {
@@ -181,6 +189,7 @@ PYBIND11_MODULE(_probe, m) {
         "Indices (H, N) by the CUDA kernels, run by g++; `blocks` fill the chip.");
   m.def("philox_by_fibers", &philox_by_fibers, "Bytes of streams by the CUDA kernels, run by g++.");
   m.def("neighbours_by_fibers", &neighbours_by_fibers, "What a missing or divergent barrier looks like on fibers.");
+  m.def("exponentials", &exponentials, py::arg("x"), py::arg("instruction_set"), "e^x as code_entropy computes it.");
   m.def("fma_peak", &fma_peak, py::arg("seconds") = 0.5, py::arg("threads") = 1, "GFLOP/s of fp32 FMAs in registers.");
   m.attr("compiler") = __VERSION__;
 }

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "philox/tensors.h"
+#include "vq/code_entropy.h"
 #include "vq/codebook_training.h"
 #include "vq/residual_quantize.h"
 #include "vq/tensors.h"
@@ -19,6 +20,8 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("replace_dead_codes_", TORCH_BOX(&mmgen_kernels::vq::replace_dead_codes_cpu));
   m.impl("residual_quantize", TORCH_BOX(&mmgen_kernels::vq::residual_quantize_cpu));
   m.impl("residual_quantize_backward", TORCH_BOX(&mmgen_kernels::vq::residual_quantize_backward_cpu));
+  m.impl("code_entropy", TORCH_BOX(&mmgen_kernels::vq::code_entropy_cpu));
+  m.impl("code_entropy_backward", TORCH_BOX(&mmgen_kernels::vq::code_entropy_backward_cpu));
   m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cpu));
   m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cpu));
   m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cpu));

@@ -5,10 +5,12 @@ from mmgen_kernels.backends import backend_report, use_backend
 from mmgen_kernels.patching import patch
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
 from mmgen_kernels.vq.ops import (
+    CodeEntropy,
     CodeStatistics,
     KMeansOutput,
     RVQOutput,
     VQOutput,
+    code_entropy,
     code_statistics,
     gather_codes,
     kmeans,
@@ -21,11 +23,13 @@ from mmgen_kernels.vq.ops import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "CodeEntropy",
     "CodeStatistics",
     "KMeansOutput",
     "RVQOutput",
     "VQOutput",
     "backend_report",
+    "code_entropy",
     "code_statistics",
     "fold_in",
     "gather_codes",

@@ -1,4 +1,4 @@
-"""Compiles the lookup's kernels for chips that are not there, and prints what the machine code holds, a line of JSON each.
+"""Compiles the family's kernels for chips that are not there, and prints what the machine code holds, a line of JSON each.
 
 A script of its own, as a process in which TRITON_INTERPRET is set cannot compile. Arguments: [[kernel, capability, D, metric], ...]
 as JSON.
@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmgen_kernels.vq.triton_kernels import codebook, prepare, residual, search
+from mmgen_kernels.vq.triton_kernels import codebook, entropy, entropy_sweeps, prepare, residual, search
 from mmgen_kernels.vq.triton_kernels.nearest_code import PREPARING, SETTLING, configuration
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -38,6 +38,21 @@ def argument_type(name, constants):
 
 
 def facts(kernel, capability, dim, metric):
+    return (entropy_facts if hasattr(entropy_sweeps, kernel) else lookup_facts)(kernel, capability, dim, metric)
+
+
+def entropy_facts(kernel, capability, dim, _):
+    """D is divisible by 16 where it is: Triton specialises on that."""
+    c = entropy.configuration(dim)
+    function = getattr(entropy_sweeps, kernel)
+    values = {"BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "BLOCK_D": c.block_d, "BLOCK_OUT": c.block_out}
+    constants = {name: values[name] for name in function.arg_names if name in values}
+    sizes = ("N", "K", "D", "tiles", "tiles_per_range", "blocks", "blocks_per_range", "ranges", "columns")
+    types = {n: "constexpr" if n in constants else "i32" if n in sizes else "*fp32" for n in function.arg_names}
+    return code_of(function, types, constants, c.options(), capability, {"D"} if dim % 16 == 0 else set())
+
+
+def lookup_facts(kernel, capability, dim, metric):
     c = configuration(dim, divmod(capability, 10))
     module = next(m for m in (search, prepare, codebook, residual) if hasattr(m, kernel))
     function = getattr(module, kernel)
@@ -54,11 +69,16 @@ def facts(kernel, capability, dim, metric):
         types["codes"] = f"tensordesc<fp16[{c.block_k},{c.block_d}]>"
     options = {"sweep": c.options(), "settle": SETTLING}.get(kernel, PREPARING)
     options = {codebook: codebook.OPTIONS, residual: residual.LAUNCH}.get(module, options)
+    return code_of(function, types, constants, options, capability)
+
+
+def code_of(function, types, constants, options, capability, divisible=frozenset()):
+    names = function.arg_names
     source = ASTSource(
         fn=function,
         signature=types,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*") or name in divisible},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -56,6 +56,13 @@ class Interpreter:
         answer = self.pool.submit(quantize_residual_in_process, request.getvalue()).result()
         return torch.load(io.BytesIO(answer))
 
+    def code_entropy(self, x, codebook, upstream, **options):
+        """Entropies and gradients by name, as the battery's `run` gives them."""
+        request = io.BytesIO()
+        torch.save((x, codebook, upstream, options), request)
+        answer = self.pool.submit(entropies_in_process, request.getvalue()).result()
+        return torch.load(io.BytesIO(answer))
+
     def opcheck(self, *arguments, operator="nearest_code"):
         self.pool.submit(opcheck_in_process, operator, arguments).result()
 
@@ -122,6 +129,17 @@ def residual_with_gradients(implementation, x, codebooks, sizes=None, shared=Non
         gradients = torch.autograd.grad(out.quantized.sum() + out.loss.sum(), (x, codebooks))
     statistics = [torch.cat(s) if isinstance(s, list) else s for s in out[3:]]
     return [r.detach() for r in (*out[:3], *statistics, *gradients)]
+
+
+def entropies_in_process(request):
+    from mmgen_kernels.battery.vq.code_entropy import NAMES, run
+
+    x, codebook, upstream, options = torch.load(io.BytesIO(request))
+    uses = options.pop("uses", NAMES)
+    answer = io.BytesIO()
+    with mk.use_backend("triton"):
+        torch.save(run(lambda a, b: mk.code_entropy(a, b, **options), x, codebook, upstream, uses), answer)
+    return answer.getvalue()
 
 
 def opcheck_in_process(operator, arguments):

@@ -10,6 +10,7 @@ from mmgen_kernels.vq.ops.codebook import (
     replace_dead_codes_,
     update_codebook_ema_,
 )
+from mmgen_kernels.vq.ops.entropy import CodeEntropy, code_entropy
 from mmgen_kernels.vq.ops.lookup import VQOutput, nearest_code, vector_quantize
 from mmgen_kernels.vq.ops.residual import RVQOutput, residual_quantize
 
@@ -19,10 +20,12 @@ __all__ = [
     "GRADIENTS",
     "METRICS",
     "PRECISIONS",
+    "CodeEntropy",
     "CodeStatistics",
     "KMeansOutput",
     "RVQOutput",
     "VQOutput",
+    "code_entropy",
     "code_statistics",
     "gather_codes",
     "kmeans",

@@ -12,6 +12,7 @@ from mmgen_kernels.vq.reference.codebook import (
     replace_dead_codes_,
     update_codebook_ema_,
 )
+from mmgen_kernels.vq.reference.entropy import code_entropy, code_entropy_backward
 from mmgen_kernels.vq.reference.lookup import (
     gather,
     nearest_code,
@@ -23,6 +24,8 @@ from mmgen_kernels.vq.reference.lookup import (
 from mmgen_kernels.vq.reference.residual import quantize_levels, residual_quantize, residual_quantize_backward
 
 __all__ = [
+    "code_entropy",
+    "code_entropy_backward",
     "code_statistics",
     "code_statistics_backward",
     "gather",
