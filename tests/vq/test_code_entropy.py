@@ -13,8 +13,7 @@ from mmgen_kernels import battery
 from mmgen_kernels.battery.vq.code_entropy import NAMES, dense, run
 from mmgen_kernels.battery.vq.data import rand, randn
 from mmgen_kernels.battery.vq.vector_quantize import same_bits
-from mmgen_kernels.library import OPERATORS
-from mmgen_kernels.vq import ops, reference
+from mmgen_kernels.vq import ops
 
 IMPLEMENTATIONS = battery.implementations("code_entropy", torch.device("cpu"))
 HAS_PROBE = importlib.util.find_spec("mmgen_kernels._probe") is not None
@@ -228,45 +227,6 @@ def test_every_instruction_set(monkeypatch, metric, sizes):
 
 
 # -- operators --------------------------------------------------------------------------------------------------------
-
-
-def samples(name):
-    x, codebook = (v.detach() for v in inputs(10, 7, 4))
-    x = x.view(2, 5, 4)
-    permuted = randn(2, 4, 5, seed=3).float().transpose(1, 2)
-    mask, heads = rand(2, 5, seed=4) < 0.7, randn(2, 7, 4, seed=5).float()
-    cases = [
-        (x, codebook, None, 1.0, "l2", 0.0),
-        (permuted, codebook.t().contiguous().t(), mask, 0.5, "cosine", 1e-5),
-        (x, heads, mask, 2.0, "dot", 0.0),
-        (x.bfloat16(), codebook, None, 1.0, "l2", 0.0),
-        (x.double(), codebook.half(), None, 1.0, "dot", 0.0),
-        (x[:, :0], codebook, None, 1.0, "l2", 0.0),
-        (x[0, 0], codebook, None, 1.0, "l2", 0.0),
-    ]
-    for given in cases:
-        rows, codes, valid, temperature, metric, eps = given
-        if name == "code_entropy":
-            yield rows.clone().requires_grad_(), codes.clone().requires_grad_(), *given[2:]
-            continue
-        sample, mean, terms, probability = reference.code_entropy(*given)
-        saved = (rows, codes, valid, terms, probability, temperature, metric, eps)
-        yield torch.ones_like(sample), torch.ones_like(mean), *saved, True, True
-        yield None, torch.ones_like(mean), *saved, True, False
-        yield torch.ones_like(sample), None, *saved, False, True
-
-
-def overloads():
-    for name in ("code_entropy", "code_entropy_backward"):
-        for implementation, overload in OPERATORS[name].overloads.items():
-            if implementation in ("default", "reference"):
-                yield pytest.param(name, overload, id=str(overload))
-
-
-@pytest.mark.parametrize(("name", "overload"), list(overloads()))
-def test_opcheck(name, overload):
-    for arguments in samples(name):
-        torch.library.opcheck(overload, arguments)
 
 
 @pytest.mark.parametrize("metric", ops.METRICS)

@@ -55,6 +55,8 @@ def samples(name):
             yield *some, *rest, True, True
             yield *every, *rest, True, False
             yield None, torch.ones_like(loss), None, None, *rest, False, True
+    elif name.startswith("code_entropy"):
+        yield from entropy_samples(name)
     elif name in CODEBOOK_SAMPLES:
         yield from CODEBOOK_SAMPLES[name]()
     elif name == "residual_quantize":
@@ -114,6 +116,30 @@ def residual_samples():
         yield permuted.detach().requires_grad_(), codebooks.clone().requires_grad_(), [], levels, mask, 3, *rest
         yield x.half(), codebooks.flatten(0, 1).bfloat16().requires_grad_(), [4, 1, 16], None, mask, 2, *rest
         yield x[0, 0].clone().requires_grad_(), codebooks[0].expand(3, 7, 4), [], None, None, 0, *rest
+
+
+def entropy_samples(name):
+    x, codebook, heads = torch.randn(2, 5, 4), torch.randn(7, 4), torch.randn(2, 7, 4)
+    permuted, mask = torch.randn(2, 4, 5).transpose(1, 2), torch.rand(2, 5) > 0.3
+    cases = [
+        (x, codebook, None, 1.0, "l2", 0.0),
+        (permuted, codebook.t().contiguous().t(), mask, 0.5, "cosine", 1e-5),
+        (x, heads, mask, 2.0, "dot", 0.0),
+        (x.bfloat16(), codebook, None, 1.0, "l2", 0.0),
+        (x.double(), codebook.half(), None, 1.0, "dot", 0.0),
+        (x[:, :0], codebook, None, 1.0, "l2", 0.0),
+        (x[0, 0], codebook, None, 1.0, "l2", 0.0),
+    ]
+    for given in cases:
+        rows, codes, valid, temperature, metric, eps = given
+        if name == "code_entropy":
+            yield rows.clone().requires_grad_(), codes.clone().requires_grad_(), *given[2:]
+            continue
+        sample, mean, terms, probability = OPERATORS["code_entropy"].reference(*given)
+        saved = (rows, codes, valid, terms, probability, temperature, metric, eps)
+        yield torch.ones_like(sample), torch.ones_like(mean), *saved, True, True
+        yield None, torch.ones_like(mean), *saved, True, False
+        yield torch.ones_like(sample), None, *saved, False, True
 
 
 def overloads():
