@@ -19,7 +19,6 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "1024x65536x64": ({"metric": "l2", "temperature": 10.0, "eps": 1e-5}, "LFQ-sized codebook"),
     "1024x262144x256": ({"metric": "dot", "temperature": 0.01, "eps": 1e-5}, "IBQ, 4 images"),
 }
-QUICK = ("entropy/1024x65536x64",)
 ORACLE_SCORES = 2**28  # above this many scores the oracle judges the entropies of some rows and dx of them only
 ORACLE_CHUNK = 2**24  # fp64 scores at a time
 MEMORY_SHARE = 1 / 50  # of what the dense computation needs
@@ -107,11 +106,11 @@ def entropy_case(shape: str, device: torch.device) -> Case:
     )
 
 
-def cases(device: torch.device) -> list[Case]:
+def entropy_cases(device: torch.device) -> list[Case]:
     return [entropy_case(shape, device) for shape in SHAPES]
 
 
-def bars(results: dict[str, dict]) -> list[Bar]:
+def entropy_bars(results: dict[str, dict]) -> list[Bar]:
     """What the project promises: not slower than either dense computation, in a fiftieth of the memory."""
     names = [f"entropy/{shape}" for shape in SHAPES]
     return [

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import vq_oracle
+from benchmarks.bars import Bar, fastest
 from benchmarks.harness import Case, Contestant
 from benchmarks.peers import stock_quantizer
 
@@ -124,5 +125,9 @@ def case(shape: str, device: torch.device, note: str = "") -> Case:
     )
 
 
-def cases(device: torch.device) -> list[Case]:
+def residual_cases(device: torch.device) -> list[Case]:
     return [case(shape, device, note) for shape, note in SHAPES.items()]
+
+
+def residual_bars(results: dict[str, dict]) -> list[Bar]:
+    return [fastest(results, f"residual/{shape}", "ours", ("stock", "compile")) for shape in SHAPES]
