@@ -2,8 +2,9 @@
 
 Stock, `Codebook.forward` returns the distances (N, K) that only some losses read, and turns indices into a one-hot matrix
 (N, K) for gather and statistics. Here the stock `VectorQuantize.forward` runs on a view of the module whose `_codebook`
-does neither. Projections, layouts, straight-through, rotation and losses remain stock code, and so do all small
-things of the codebook: its EMA of means, the replacement of dead codes with its draws, affine statistics.
+does neither, and applies the rotation trick in the same operator. Projections, layouts, straight-through and losses
+remain stock code, and so do all small things of the codebook: its EMA of means, the replacement of dead codes with its
+draws, affine statistics.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class VectorQuantizeForward(Forward):
         module: Any = self.module
         if indices is not None or wants_distances(module) or has_hooks(module._codebook):
             return self.stock(x, indices, *args, **kwargs)
-        return type(module).forward(View(module), x, None, *args, **kwargs)
+        return type(module).forward(View(module, wants_rotation(module, x)), x, None, *args, **kwargs)
 
 
 def wants_distances(module: Any) -> bool:
@@ -46,13 +47,22 @@ def wants_distances(module: Any) -> bool:
     return module.training and bool(module.has_codebook_diversity_loss or module.commitment_use_cross_entropy_loss)
 
 
-class View:
-    """A VectorQuantize as its own stock forward sees it: everything is the module's, but the codebook."""
+def wants_rotation(module: Any, x: Tensor) -> bool:
+    """Whether stock would turn the codes by the rotation trick; with a learnable codebook its losses need them as they are."""
+    wanted = module.training and module.rotation_trick and module.route_gradients_to_input
+    return wanted and x.requires_grad and not module._codebook.learnable_codebook
 
-    def __init__(self, module: Any):
-        vars(self).update(_module=module, _codebook=FusedCodebook(module._codebook))
+
+class View:
+    """A VectorQuantize as its own stock forward sees it: everything is the module's, but the codebook. Where that has carried the
+    gradient past the codes already, by one operator in place of two dozen, nothing is left to route."""
+
+    def __init__(self, module: Any, rotate: bool):
+        vars(self).update(_module=module, _codebook=FusedCodebook(module._codebook, rotate))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "route_gradients_to_input" and self._codebook.has_rotated:
+            return False
         return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -62,8 +72,8 @@ class View:
 class FusedCodebook:
     """A Codebook without a matrix N x K; lives for one call."""
 
-    def __init__(self, codebook: nn.Module):
-        self._stock = codebook
+    def __init__(self, codebook: nn.Module, rotate: bool):
+        self._stock, self._rotate, self.has_rotated = codebook, rotate, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stock, name)
@@ -99,17 +109,26 @@ class FusedCodebook:
             batch_std, codebook_std = standard_deviations(stock)
             embed = (embed - stock.codebook_mean) * (batch_std / codebook_std) + stock.batch_mean
         # masked rows are looked up too: stock reads their indices in the orthogonal loss of active codes
-        indices = lookup(stock, rows, embed)  # (H, B * N)
-        codes = mk.gather_codes(embed, indices)  # (H, B * N, D)
+        if self._rotate:
+            codes, indices, *_ = mk.vector_quantize(rows, embed, gradient="rotation", metric=metric_of(stock))
+            self.has_rotated = True
+        else:
+            indices = lookup(stock, rows, embed)  # (H, B * N)
+            codes = mk.gather_codes(embed, indices)  # (H, B * N, D)
         if stock.training and update_usage and not freeze_codebook:
             update(stock, rows.detach(), indices, mask, stock.ema_update if ema_update is None else ema_update)
         codes, indices = codes.view(*leading, codes.shape[-1]), indices.view(leading)
         return (codes[0], indices[0], None) if x.dim() < 4 else (codes, indices, None)
 
 
+def metric_of(stock: Any) -> str:
+    """Stock's cosine similarity is a dot product with codes that it keeps normalised."""
+    return "dot" if stock.use_cosine_sim else "l2"
+
+
 def lookup(stock: Any, rows: Tensor, codes: Tensor) -> Tensor:
-    """(H, N, D), (H, K, D) -> (H, N). Stock's cosine similarity is a dot product with codes that it keeps normalised."""
-    return mk.nearest_code(rows.detach(), codes.detach(), metric="dot" if stock.use_cosine_sim else "l2")
+    """(H, N, D), (H, K, D) -> (H, N)"""
+    return mk.nearest_code(rows.detach(), codes.detach(), metric=metric_of(stock))
 
 
 def standard_deviations(stock: Any) -> tuple[Tensor, Tensor]:
@@ -167,7 +186,7 @@ class VectorQuantizeRule(Rule):
     """VectorQuantize, wherever it stands: alone, in ResidualVQ, GroupedResidualVQ, RandomProjectionQuantizer and others."""
 
     family = "vq"
-    by = "mk.nearest_code, mk.gather_codes, mk.code_statistics"
+    by = "mk.vector_quantize or mk.nearest_code and mk.gather_codes, mk.code_statistics"
     falls_back_when = (
         "indices= (cross entropy to given indices reads all distances)",
         "topk=, or beam_size= of ResidualVQ",
