@@ -364,8 +364,7 @@ RESIDUAL = {
     "codebook_dim": [{"codebook_dim": 4}],
     "shared_codebook": [
         {"shared_codebook": True},
-        {"shared_codebook": True, "threshold_ema_dead_code": 2},
-        # k-means of so few rows leaves residuals that are nothing but rounding, which the rotation trick would blow up
+        # codes that are rows leave residuals that are nothing but rounding, which the rotation trick would blow up
         {"shared_codebook": True, "threshold_ema_dead_code": 2, "kmeans_init": True, "rotation_trick": False},
     ],
     "diveq": [{"diveq": True}],
