@@ -1,7 +1,7 @@
 """What a family is asked on a machine with a GPU: `make gpu-check FAMILY=vq OUT=dir`, in one go and under 8 minutes.
 
 Runs, each with a time limit and each whatever became of the one before: the family's tests that need a GPU,
-`mmgen-kernels info` and `check`, and a short race. Leaves the output of each and gpu-check-<family>.json in OUT. A machine
+`mmgen-kernels info` and `check`, and short races. Leaves the output of each and gpu-check-<family>.json in OUT. A machine
 without a GPU is refused, so that nobody takes its results for those of one; --device cpu rehearses the run there.
 """
 
@@ -21,12 +21,13 @@ def stages(family: str, device: str, out: Path) -> dict[str, tuple[int, list[str
     """name -> (seconds at most, command)"""
     # What needs no GPU was tested before the machine was had.
     tests = ["-m", "pytest", f"tests/{family}", "-m", "gpu and not long" if device == "cuda" else "not long and not gpu"]
-    race = ["-m", "benchmarks", family, "--quick", "--no-memory", "--device", device, "--out", str(out)]
+    quick = ["--quick", "--no-memory", "--device", device, "--out", str(out)]
+    races = [path.stem for path in sorted((ROOT / "benchmarks").glob(f"{family}*.py")) if "\ndef cases(" in path.read_text()]
     return {
-        "info": (60, ["-m", "mmgen_kernels.cli", "info"]),
-        "tests": (240 if device == "cuda" else 480, tests),
-        "check": (90, ["-m", "mmgen_kernels.cli", "check", "--device", device, "--family", family]),
-        "race": (90, race),
+        "info": (40, ["-m", "mmgen_kernels.cli", "info"]),
+        "tests": (210 if device == "cuda" else 480, tests),
+        "check": (80, ["-m", "mmgen_kernels.cli", "check", "--device", device, "--family", family]),
+        **{f"race-{name}": (70, ["-m", "benchmarks", name, *quick]) for name in races},
     }
 
 
@@ -54,7 +55,7 @@ def main() -> int:
                 code = f"stopped after {limit} s"
         lines = log.read_text().strip().splitlines() or [""]
         summary["stages"][name] = {"exit": code, "seconds": round(time.perf_counter() - start, 1), "last_line": lines[-1]}
-        print(f"{name:<6} exit {code}: {lines[-1]}", flush=True)
+        print(f"{name:<16} exit {code}: {lines[-1]}", flush=True)
         (options.out / f"gpu-check-{options.family}.json").write_text(json.dumps(summary, indent=1) + "\n")
     return int(any(stage["exit"] != 0 for stage in summary["stages"].values()))
 
