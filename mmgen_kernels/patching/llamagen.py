@@ -54,9 +54,7 @@ def count_usage(module: Any, indices: Tensor) -> float:
 
 def entropy(module: Any, rows: Tensor, codebook: Tensor) -> Tensor:
     """Mean entropy of the rows' code probabilities, less the entropy of their mean; weighted."""
-    each, of_mean = mk.code_entropy(  # type: ignore[attr-defined]
-        rows, codebook, temperature=ENTROPY_TEMPERATURE, metric="l2", eps=ENTROPY_EPS
-    )
+    each, of_mean = mk.code_entropy(rows, codebook, temperature=ENTROPY_TEMPERATURE, metric="l2", eps=ENTROPY_EPS)
     return module.entropy_loss_ratio * (each.mean() - of_mean)
 
 
@@ -75,10 +73,7 @@ class VectorQuantizerRule(Rule):
         )
 
     def reasons_against(self, module: Any) -> list[str]:
-        reasons = embedding_reasons(module.embedding, module.n_e, module.e_dim)
-        if module.entropy_loss_ratio != 0 and not hasattr(mk, "code_entropy"):
-            reasons.append("entropy_loss_ratio != 0 reads all distances")
-        return reasons
+        return embedding_reasons(module.embedding, module.n_e, module.e_dim)
 
     def forward(self, module: nn.Module) -> Forward:
         return VectorQuantizerForward(module)

@@ -31,21 +31,8 @@ def test_served(l2_norm, show_usage):
     assert_same_training(results, trained(module, inputs))
 
 
-def plain_code_entropy(x, codebook, *, temperature, metric, eps):
-    """What mk.code_entropy promises, over the whole matrix."""
-    logits = -torch.cdist(x.flatten(0, -2), codebook).square() / temperature
-    p = logits.softmax(-1)
-    mean = p.mean(0)
-    return -(p * logits.log_softmax(-1)).sum(-1).view(x.shape[:-1]), -(mean * (mean + eps).log()).sum()
-
-
 @pytest.mark.parametrize("l2_norm", (True, False))
-@pytest.mark.parametrize("operator", ("plain", "ours"))
-def test_entropy(monkeypatch, operator, l2_norm):
-    if operator == "plain":
-        monkeypatch.setattr(mk, "code_entropy", plain_code_entropy, raising=False)
-    elif not hasattr(mk, "code_entropy"):
-        pytest.skip("mk.code_entropy is not there yet")
+def test_entropy(l2_norm):
     module = make(l2_norm, entropy_loss_ratio=0.1).double()  # at temperature 0.01 rounding in fp32 shows a hundredfold
     with torch.no_grad():  # not so far apart that every probability is 0 or 1
         module.embedding.weight.mul_(0.3 if l2_norm else 0.1)
@@ -58,14 +45,9 @@ def test_entropy(monkeypatch, operator, l2_norm):
     assert_same_training(trained(ours, small), trained(module, small))
 
 
-def test_entropy_without_the_operator(monkeypatch):
-    """And in fp32 with it."""
-    module = make(entropy_loss_ratio=0.1)
-    monkeypatch.setattr(mk, "code_entropy", getattr(mk, "code_entropy", plain_code_entropy), raising=False)
-    with mk.patch(module, strict=True):
-        pass
-    monkeypatch.delattr(mk, "code_entropy", raising=False)
-    assert mk.patch(module).kept[0].reasons == ("entropy_loss_ratio != 0 reads all distances",)
+def test_entropy_in_fp32_is_verified():
+    with mk.patch(make(entropy_loss_ratio=0.1), strict=True) as handle:
+        assert handle.replaced[0].verified
 
 
 @pytest.mark.parametrize("frozen", ("input", "codebook", "both"))
