@@ -27,7 +27,7 @@ def cases():
         yield pytest.param(case, marks=marks, id=f"{case.operator}-{case.name}")
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", list(cases()))
 def test_case(interpreter, case):
     for dtypes, (failures, repeatable) in zip(case.dtypes, interpreter.judge(case.operator, case.name), strict=True):
         assert not failures and repeatable, (dtypes, failures)
