@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import vq_oracle
 from benchmarks.bars import Bar, below, faster, fastest, share
 from benchmarks.harness import Case, Contestant
-from benchmarks.peers import addmm, cdist, compiled, faiss_cpu, lucidrains, scikit_learn, stock_quantizer
+from benchmarks.peers import addmm, cdist, compiled, faiss_cpu, flash, lucidrains, scikit_learn, stock_quantizer
 
 # Above this many fp64 scores the oracle takes every n-th row; the results say how many were checked.
 ORACLE_SCORES = 2**30
@@ -128,6 +128,7 @@ LOOKUPS = (
     addmm.nearest_code,
     cdist.nearest_code,
     lucidrains.nearest_code,
+    *flash.nearest_code,
 )
 STEPS = (OUR_STEP, stock_quantizer.vector_quantize, compiled.vector_quantize, lucidrains.vector_quantize)
 ADVERSARIAL = (OURS, OURS_ON_GAUSSIAN, OURS_FAST, OURS_FP32, faiss_cpu.nearest_code, addmm.nearest_code, cdist.nearest_code)
