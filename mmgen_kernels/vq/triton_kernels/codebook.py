@@ -19,7 +19,8 @@ from mmgen_kernels.vq.triton_kernels.prepare import widen
 ROWS = tl.constexpr(32)  # that a program holds; of a chunk
 CODES = tl.constexpr(16)
 PART = tl.constexpr(1024)  # of cluster sizes, added by one program
-OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+# Without a limit of its own ptxas keeps to 128 registers for sm_80, and spills two of average_codes.
+OPTIONS = {"enable_fp_fusion": False, "num_warps": 4, "maxnreg": 240}
 
 
 @triton.jit
