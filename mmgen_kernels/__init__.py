@@ -2,6 +2,7 @@
 
 from mmgen_kernels import backends, nn
 from mmgen_kernels.backends import backend_report, use_backend
+from mmgen_kernels.modulation.ops import adaln, gate_residual, gate_residual_adaln
 from mmgen_kernels.patching import patch
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
 from mmgen_kernels.vq.ops import (
@@ -28,10 +29,13 @@ __all__ = [
     "KMeansOutput",
     "RVQOutput",
     "VQOutput",
+    "adaln",
     "backend_report",
     "code_entropy",
     "code_statistics",
     "fold_in",
+    "gate_residual",
+    "gate_residual_adaln",
     "gather_codes",
     "kmeans",
     "nearest_code",

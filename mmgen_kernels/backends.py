@@ -27,7 +27,7 @@ DEVICES = {
     "torch": ("cpu", "cuda"),
     "cpp": ("cpu",),
 }
-FAMILIES = ("vq", "philox")
+FAMILIES = ("vq", "modulation", "philox")
 # Serve who asks for them, and nobody else: the interpreter and the compiler see neither races nor miscompiled code.
 BY_NAME_ONLY = {
     "cuda": 'tested by g++ and compiled by nvcc, not yet on a GPU; use_backend("cuda") asks for it',
@@ -141,7 +141,7 @@ def use_backend(implementation: str, family: str | None = None) -> Iterator[None
 
     Args:
         implementation: cuda, triton, torch, cpp or reference.
-        family: vq or philox; None means every family.
+        family: vq, modulation or philox; None means every family.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")

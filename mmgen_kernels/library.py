@@ -7,7 +7,8 @@
     <input>_shape       the sizes of that input (when only its sizes are needed, it is not kept alive)
     anything else       the input or output of the forward that bears this name, saved by the forward
 
-and a result `grad_<input>` is the gradient of that input. No family writes an autograd.Function.
+and a result `grad_<input>` is the gradient of that input; an input that `passed_on` names has the gradient of an output as its own,
+uncopied. No family writes an autograd.Function.
 
 Measured costs and why it is done this way rather than with `torch.library.custom_op`: docs/design.md.
 """
@@ -46,6 +47,7 @@ class Operator:
         self.written = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.reference, self.fake, self.launchers = reference, fake, launchers
         self.backward: Operator | None = None
+        self.passed_on: dict[str, int] = {}  # input -> the output whose gradient it has
         self.sources: list[tuple[str, int]] = []  # where each argument of the backward comes from
         self.overloads: dict[str, Any] = {}
         self.has_cpp = False  # set once the C++ part is loaded: a plain attribute, which Dynamo can guard
@@ -81,8 +83,9 @@ class Operator:
 
     # -- autograd by names --------------------------------------------------------------------------------------------
 
-    def wire(self, backward: Operator) -> None:
+    def wire(self, backward: Operator, passed_on: dict[str, str]) -> None:
         """Resolves every argument of the backward to its source, and registers autograd for each overload."""
+        self.passed_on = {name: self.outputs.index(output) for name, output in passed_on.items()}
         for name in backward.inputs:
             for prefix, suffix, kind, known in (
                 ("grad_", "", "gradient", self.outputs),
@@ -139,6 +142,7 @@ class Operator:
         results = call(*arguments)
         results = results if isinstance(results, tuple) else (results,)
         by_name = dict(zip(self.backward.outputs, results, strict=True))
+        by_name |= {f"grad_{name}": grads[output] for name, output in self.passed_on.items()}
         return tuple(by_name.get(f"grad_{name}") if need else None for name, need in zip(self.inputs, needed, strict=True))
 
     def refuse_double_backward(self, ctx: Any, *grads: Any) -> None:
@@ -233,6 +237,7 @@ def define(
     backward: str | None = None,
     backward_reference: Callable | None = None,
     backward_fake: Callable | None = None,
+    passed_on: dict[str, str] | None = None,
     launchers: dict[str, tuple[str, str] | str] | None = None,
     vmap: Callable | None = None,
 ) -> Operator:
@@ -243,6 +248,7 @@ def define(
             arguments, ``Tensor(a!) codebook``, and then returns nothing and has no backward.
         reference, backward_reference: plain PyTorch with the schema's signature; serves every device without a kernel.
         fake, backward_fake: the shapes, dtypes and memory formats of the results.
+        passed_on: input -> the output whose gradient is that input's too, such as x of x + y.
         launchers: implementation -> "module:function" (a pair, forward and backward, where there is a backward).
         vmap: rule (call, info, in_dims, *args) -> (output, out_dims) of the forward, where a loop over samples is too slow;
             `call` is the overload to be called.
@@ -252,5 +258,6 @@ def define(
     operator = Operator(forward, reference, fake, {n: p[0] for n, p in pairs.items()}, vmap)
     if backward is not None:
         assert backward_reference is not None and backward_fake is not None
-        operator.wire(Operator(backward, backward_reference, backward_fake, {n: p[1] for n, p in pairs.items()}, None))
+        derivative = Operator(backward, backward_reference, backward_fake, {n: p[1] for n, p in pairs.items()}, None)
+        operator.wire(derivative, passed_on or {})
     return operator

@@ -4,9 +4,9 @@
 #include <bit>
 #include <cmath>
 
-#include "vq/aligned.h"
+#include "aligned.h"
+#include "parallel.h"
 #include "vq/exact.h"
-#include "vq/parallel.h"
 
 namespace mmgen_kernels::vq {
 namespace {

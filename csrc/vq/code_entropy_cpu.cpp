@@ -11,9 +11,9 @@
 #include <numeric>
 #include <vector>
 
-#include "vq/aligned.h"
+#include "aligned.h"
+#include "parallel.h"
 #include "vq/code_entropy_tables.h"
-#include "vq/parallel.h"
 
 namespace mmgen_kernels::vq {
 namespace entropy {

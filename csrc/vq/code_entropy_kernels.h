@@ -5,59 +5,14 @@
 #include <cstring>
 #include <limits>
 
+#include "simd/vectors.h"
 #include "vq/code_entropy_tables.h"
 
 namespace mmgen_kernels::vq::entropy {
 namespace {  // internal linkage: compiled once per instruction set, and the copies must not be merged
 
-template <class T, int BYTES>
-struct Vectors {
-  using Real = T;
-  typedef T Vec __attribute__((vector_size(BYTES)));  // `using` loses the attribute of a dependent type
-  typedef int32_t Bits __attribute__((vector_size(BYTES)));
-  static constexpr int width = BYTES / sizeof(T);
-  typedef double Wide __attribute__((vector_size(width * sizeof(double))));
-
-  static Vec load(const T* p) {
-    Vec v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static void store(T* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-  static void add(Vec v, Wide& sum) { sum += __builtin_convertvector(v, Wide); }
-  static Vec broadcast(T x) { return x - Vec{}; }  // and not x + 0, which has no -0
-};
-
-// e^x within 1 ulp for x <= 88; larger x count as 88.37. Below the smallest normal number the result is 0. NaN stays NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + r + r^2 q(r): q is a minimax polynomial, 0.06 of 2^-24 off.
-template <class Lanes>
-typename Lanes::Vec exponential(typename Lanes::Vec x) {
-  using Vec = typename Lanes::Vec;
-  if constexpr (sizeof(typename Lanes::Real) == sizeof(double)) {
-    for (int i = 0; i < Lanes::width; ++i) x[i] = std::exp(x[i]);
-    return x;
-  } else {
-    using Bits = typename Lanes::Bits;
-    const auto all = [](float value) { return Lanes::broadcast(value); };
-    constexpr float to_integer = 0x1.8p23f;  // a sum with it has its units in the last bits
-    constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;  // n ln2_high is exact
-    const Vec limited = x > 88.37f ? all(88.37f) : x;
-    const Vec shifted = Lanes::fmadd(limited, all(0x1.715476p0f), all(to_integer));
-    const Vec n = shifted - to_integer;
-    const Vec r = Lanes::fmadd(n, all(-ln2_low), Lanes::fmadd(n, all(-ln2_high), limited));
-    Vec q = Lanes::fmadd(r, all(0x1.6a23cep-10f), all(0x1.123a2p-7f));
-    q = Lanes::fmadd(r, q, all(0x1.5558f2p-5f));
-    q = Lanes::fmadd(r, q, all(0x1.555492p-3f));
-    q = Lanes::fmadd(r, q, all(0x1.fffffcp-2f));
-    const Vec value = Lanes::fmadd(r * r, q, r) + 1.0f;
-    Bits exponent;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = (exponent + 127) << 23;  // n + 127; the bits of to_integer fall off the end
-    Vec power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return x < -87.33654f ? Vec{} : value * power;
-  }
-}
+using simd::exponential;
+using simd::Vectors;
 
 template <class Lanes>
 struct Loops {

@@ -6,7 +6,7 @@
 #include <limits>
 #include <unordered_map>
 
-#include "vq/parallel.h"
+#include "parallel.h"
 
 namespace mmgen_kernels::vq {
 namespace {

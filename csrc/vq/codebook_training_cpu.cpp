@@ -3,9 +3,9 @@
 
 #include <cmath>
 
+#include "parallel.h"
 #include "philox.h"
 #include "vq/outputs.h"
-#include "vq/parallel.h"
 #include "vq/rows_by_code.h"
 
 namespace mmgen_kernels::vq {

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <limits>
 
-#include "vq/aligned.h"
+#include "aligned.h"
 #include "vq/nearest_code.h"
 
 namespace mmgen_kernels::vq {

@@ -9,10 +9,10 @@
 #include <utility>
 #include <vector>
 
-#include "vq/aligned.h"
+#include "aligned.h"
+#include "parallel.h"
 #include "vq/block_search.h"
 #include "vq/exact.h"
-#include "vq/parallel.h"
 
 namespace mmgen_kernels::vq {
 namespace {

@@ -10,8 +10,8 @@
 #include <numeric>
 #include <type_traits>
 
+#include "parallel.h"
 #include "vq/outputs.h"
-#include "vq/parallel.h"
 #include "vq/rows_by_code.h"
 
 namespace mmgen_kernels::vq {

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <vector>
 
-#include "vq/parallel.h"
+#include "parallel.h"
 
 namespace mmgen_kernels::vq {
 

@@ -7,8 +7,8 @@
 #include <limits>
 #include <numeric>
 
+#include "parallel.h"
 #include "vq/outputs.h"
-#include "vq/parallel.h"
 #include "vq/rows_by_code.h"
 
 namespace mmgen_kernels::vq {

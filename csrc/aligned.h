@@ -5,7 +5,7 @@
 #include <new>
 #include <vector>
 
-namespace mmgen_kernels::vq {
+namespace mmgen_kernels {
 
 template <class T>
 struct Aligned {
@@ -30,4 +30,4 @@ struct Aligned {
 
 using Scratch = std::vector<float, Aligned<float>>;
 
-}  // namespace mmgen_kernels::vq
+}  // namespace mmgen_kernels

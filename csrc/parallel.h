@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <atomic>
 
-namespace mmgen_kernels::vq {
+namespace mmgen_kernels {
 
 // f(begin, end) over [0, count); `work` is the work of one item, so that small loops stay on one thread.
 template <class F>
@@ -28,4 +28,4 @@ void parallel_on_demand(int64_t count, const Make& make) {
   });
 }
 
-}  // namespace mmgen_kernels::vq
+}  // namespace mmgen_kernels

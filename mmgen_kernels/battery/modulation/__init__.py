@@ -1,0 +1,3 @@
+"""Cases of the family."""
+
+CASES: list = []

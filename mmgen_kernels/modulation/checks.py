@@ -1,0 +1,163 @@
+"""What the public functions of the family refuse, and how they see their arguments. Metadata only: a look at a value would stop
+the GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmgen_kernels.modulation.ops import Vector
+
+FAMILY = "modulation"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_ROWS = 4096
+
+
+def check_floats(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_activations(x: Tensor, y: Tensor | None = None) -> None:
+    check_floats("x", x)
+    if x.dim() < 2 or x.shape[-1] < 1:
+        raise ValueError(f"x must be (B, T, D), (N, D) or (B, ..., D) with D >= 1, got shape {tuple(x.shape)}")
+    if y is not None:
+        check_floats("y", y)
+        if y.shape != x.shape:
+            raise ValueError(f"y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
+        check_device("y", y, x)
+
+
+def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_eps(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def as_tokens(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x as (B, T, D). (N, D) is N samples of one token or, with rows, one packed sample of N tokens."""
+    if x.dim() == 3:
+        return x
+    if x.dim() == 2:
+        return x.unsqueeze(1) if rows is None else x.unsqueeze(0)
+    return x.flatten(1, -2)
+
+
+def one_or_two(shift: Vector, scale: Vector) -> tuple[bool, dict[str, Tensor | None]]:
+    """Whether sequences were given, and the vectors by the names that the operators have for them."""
+    sequences = [not (v is None or isinstance(v, Tensor)) for v in (shift, scale)]
+    if not any(sequences):
+        return False, {"shift": shift, "scale": scale, "shift_2": None, "scale_2": None}  # type: ignore[dict-item]
+    if not all(s or v is None for s, v in zip(sequences, (shift, scale), strict=True)):
+        raise TypeError("shift and scale must both be sequences of two vectors, or both be one vector")
+    (a, c), (b, d) = (sequence_of_two(name, v) for name, v in (("shift", shift), ("scale", scale)))
+    if c is None and d is None:
+        raise ValueError("the second output needs a shift or a scale: both are None")
+    return True, {"shift": a, "scale": b, "shift_2": c, "scale_2": d}
+
+
+def sequence_of_two(name: str, vectors: Vector) -> Sequence[Tensor | None]:
+    if vectors is None:
+        return None, None
+    if not isinstance(vectors, (tuple, list)):
+        raise TypeError(f"{name} must be a tensor, None or a sequence of two, got {type(vectors).__name__}")
+    if len(vectors) != 2:
+        raise ValueError(f"{name} must hold two vectors, got {len(vectors)}")
+    return vectors
+
+
+def addressed(vectors: dict[str, Tensor | None], tokens: Tensor, x: Tensor, rows: Tensor | None) -> list[Tensor | None]:
+    """Each vector as (D,), (B, D) or (B, F, D); with rows (R, D) or (D,)."""
+    found = []
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_floats(name, vector)
+            check_device(name, vector, x)
+            vector = by_row(name, vector, tokens) if rows is not None else by_place(name, vector, tokens)
+        found.append(vector)
+    return found
+
+
+def by_row(name: str, vector: Tensor, tokens: Tensor) -> Tensor:
+    if vector.dim() not in (1, 2) or vector.shape[-1] != tokens.shape[-1]:
+        raise ValueError(f"{name} must be (R, {tokens.shape[-1]}) or ({tokens.shape[-1]},) with rows, got {tuple(vector.shape)}")
+    if vector.dim() == 2 and not 1 <= vector.shape[0] <= MAX_ROWS:
+        raise ValueError(f"{name} must have 1 to {MAX_ROWS} rows, got {vector.shape[0]}")
+    return vector
+
+
+def by_place(name: str, vector: Tensor, tokens: Tensor) -> Tensor:
+    B, T, D = tokens.shape
+    if vector.dim() == 0 or vector.shape[-1] != D:
+        raise ValueError(f"{name} must have D = {D} as its last size, got shape {tuple(vector.shape)}")
+    if vector.dim() > 3:  # (B, F, 1, D), or one of x's own leading shape
+        vector = vector.flatten(1, -2)
+    if vector.dim() == 1 or vector.shape[0] == B and (vector.dim() == 2 or vector.shape[1] == 1):
+        return vector
+    if vector.dim() == 2 and vector.shape[0] == 1 or vector.dim() == 3 and vector.shape[0] == vector.shape[1] == 1:
+        return vector.reshape(D)
+    if vector.dim() == 3 and vector.shape[0] in (1, B) and vector.shape[1] > 0 and T % vector.shape[1] == 0:
+        return vector if vector.shape[0] == B else vector.expand(B, -1, -1)
+    raise ValueError(
+        f"{name} must be ({D},), ({B}, {D}) or ({B}, F, {D}) where F divides T = {T}, got shape {tuple(vector.shape)}"
+    )
+
+
+def check_affine(tokens: Tensor, **parameters: Tensor | None) -> None:
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            check_floats(name, parameter)
+            if parameter.shape != tokens.shape[-1:]:
+                raise ValueError(f"{name} must be ({tokens.shape[-1]},), got shape {tuple(parameter.shape)}")
+            check_device(name, parameter, tokens)
+
+
+def check_table(table: Tensor | None, vectors: list[Tensor | None], tokens: Tensor) -> None:
+    if table is None:
+        return
+    check_floats("table", table)
+    expected = (sum(v is not None for v in vectors), tokens.shape[-1])
+    if tuple(table.shape) != expected:
+        raise ValueError(f"table must have a row for each vector given, {expected}, got shape {tuple(table.shape)}")
+    check_device("table", table, tokens)
+
+
+def check_rows(rows: Tensor | None, tokens: Tensor, x: Tensor) -> Tensor | None:
+    """(B, T)."""
+    if rows is None:
+        return None
+    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rows must be int32 or int64, got {getattr(rows, 'dtype', type(rows).__name__)}")
+    if rows.shape != x.shape[:-1]:
+        raise ValueError(f"rows must have x's leading shape {tuple(x.shape[:-1])}, got {tuple(rows.shape)}")
+    check_device("rows", rows, x)
+    return rows.reshape(tokens.shape[:-1])
+
+
+def output_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Of the modulated output."""
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        return dtype
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
