@@ -111,12 +111,13 @@ def by_place(name: str, vector: Tensor, tokens: Tensor) -> Tensor:
         raise ValueError(f"{name} must have D = {D} as its last size, got shape {tuple(vector.shape)}")
     if vector.dim() > 3:  # (B, F, 1, D), or one of x's own leading shape
         vector = vector.flatten(1, -2)
-    if vector.dim() == 1 or vector.shape[0] == B and (vector.dim() == 2 or vector.shape[1] == 1):
+    if vector.dim() == 1:
         return vector
-    if vector.dim() == 2 and vector.shape[0] == 1 or vector.dim() == 3 and vector.shape[0] == vector.shape[1] == 1:
-        return vector.reshape(D)
-    if vector.dim() == 3 and vector.shape[0] in (1, B) and vector.shape[1] > 0 and T % vector.shape[1] == 0:
-        return vector if vector.shape[0] == B else vector.expand(B, -1, -1)
+    samples, frames = vector.shape[0], 1 if vector.dim() == 2 else vector.shape[1]
+    if samples in (1, B) and (frames == T or (frames > 0 and T % frames == 0)):
+        if samples == B:
+            return vector
+        return vector.reshape(D) if frames == 1 else vector.expand(B, -1, -1)
     raise ValueError(
         f"{name} must be ({D},), ({B}, {D}) or ({B}, F, {D}) where F divides T = {T}, got shape {tuple(vector.shape)}"
     )

@@ -264,7 +264,7 @@ def gate_residual_adaln_backward_fake(
     return gradients_fake(residual, inputs, needs)
 
 
-def launchers(name: str) -> dict[str, tuple[str, str]]:
+def launchers(name: str) -> dict[str, tuple[str, str] | str]:
     module = "mmgen_kernels.modulation.triton_kernels"
     return {"triton": (f"{module}:{name}", f"{module}:{name}_backward")}
 

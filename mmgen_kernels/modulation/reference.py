@@ -303,7 +303,8 @@ def norm_backward(grad: Tensor, normed: Tensor, rstd: Tensor, norm: str) -> Tens
 def of_table(grads: Vectors, vectors: Vectors, table: Tensor | None) -> Tensor | None:
     if table is None:
         return None
-    sums = [grads[name].sum((0, 1)) for name, vector in vectors.items() if vector is not None]  # type: ignore[union-attr]
+    of_given = (grads[name] for name, vector in vectors.items() if vector is not None)
+    sums = [grad.sum((0, 1)) for grad in of_given if grad is not None]
     return torch.stack(sums).to(table.dtype)
 
 
