@@ -250,7 +250,7 @@ def gate_residual_adaln_backward(
     )
     grads |= of_update
     vectors = {"gate": gate, "shift": shift, "scale": scale, "shift_2": shift_2, "scale_2": scale_2}
-    gradients = [grad.to(residual.dtype), grad_y.to(y.dtype)]
+    gradients: list[Tensor | None] = [grad.to(residual.dtype), grad_y.to(y.dtype)]
     shared = {"weight": weight, "bias": bias, "post_weight": post_weight}
     gradients += [collect(grads[name], of, rows) for name, of in (vectors | shared).items()]
     return needed([*gradients, of_table(grads, vectors, table)], needs, residual)
