@@ -3,7 +3,7 @@
 x is (B, T, D). A modulation vector is (D,), (B, D) or (B, F, D) with F a divisor of T, F spans of T / F tokens each; with `rows`
 (B, T) it is (R, D) or (D,). `table` (V, D) holds one row for each vector given, in the order of the arguments.
 
-Everything is computed in fp32, in fp64 for fp64 activations, and rounded once. The norm sees the residual as it is stored.
+Everything is computed in fp32, in fp64 for fp64 x, and rounded once. The norm sees the residual as it is stored.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def gate_residual(
     post_norm: str | None,
     post_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    y, statistics = post_normed(y, post_weight, post_norm, post_eps, wide_dtype(x, y))
+    y, statistics = post_normed(y, post_weight, post_norm, post_eps, wide_dtype(x))
     gate = per_token({"gate": gate}, table, rows, x)["gate"]
     update = y if gate is None else GATES[gate_fn](gate.to(y.dtype)) * y
     return (x.to(y.dtype) + update).to(x.dtype), statistics
@@ -94,14 +94,13 @@ def gate_residual_adaln(
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
-def wide_dtype(*activations: Tensor) -> torch.dtype:
-    """The dtype of the computation: fp64 if any is fp64, else fp32."""
-    return torch.float64 if any(a.dtype == torch.float64 for a in activations) else torch.float32
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the computation."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def widen(*activations: Tensor) -> Tensor:
-    """The first one, in the dtype of the computation."""
-    return activations[0].to(wide_dtype(*activations))
+def widen(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x))
 
 
 def split_table(table: Tensor | None, gate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -210,7 +209,7 @@ def gate_residual_backward(
 ) -> tuple[Tensor, ...]:
     grad = torch.zeros_like(y) if grad_residual is None else grad_residual
     grad_y, grads = gate_gradients(
-        widen(grad, y), y, post_statistics, gate, post_weight, table, rows, gate_fn, post_norm
+        widen(grad), y, post_statistics, gate, post_weight, table, rows, gate_fn, post_norm
     )
     gradients = [grad_y.to(y.dtype), collect(grads["gate"], gate, rows), collect(grads["post_weight"], post_weight, rows)]
     return needed([*gradients, of_table(grads, {"gate": gate}, table)], needs, y)
@@ -246,7 +245,7 @@ def gate_residual_adaln_backward(
     if grad_residual is not None:
         grad = grad + grad_residual.to(grad.dtype)
     grad_y, of_update = gate_gradients(
-        widen(grad, y), y, post_statistics, gate, post_weight, of_gate, rows, gate_fn, post_norm
+        widen(grad), y, post_statistics, gate, post_weight, of_gate, rows, gate_fn, post_norm
     )
     grads |= of_update
     vectors = {"gate": gate, "shift": shift, "scale": scale, "shift_2": shift_2, "scale_2": scale_2}
