@@ -49,6 +49,7 @@ AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", 
 INSTRUCTION_SET_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512.cpp": AVX512_FLAGS,
+    "_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
     "_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
     "_amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
 }

@@ -8,14 +8,20 @@ namespace {
 
 constexpr int64_t tokens_at_a_time = 32;  // that a thread takes
 
+// Of a token: where its channels are, and the bytes of one.
+struct Row {
+  const char* data;
+  int64_t bytes;
+};
+
 // mean and 1 / deviation; with `about` + rest for the mean, as the mean itself has too few digits where it is large
 template <class Real>
 struct Statistics {
   Real about, rest, rstd;
 
-  Statistics(const Kernels<Real>& kernels, const Real* row, double sum, int64_t dim, bool layer, double eps) {
+  Statistics(const Kernels<Real>& kernels, const Real* row, double sum, int64_t dim, bool layer, double eps, const Row& next) {
     about = layer ? static_cast<Real>(sum / dim) : Real(0);
-    const Moments m = kernels.moments(row, about, dim);
+    const Moments m = kernels.moments(row, about, dim, next.data, next.bytes);
     const double mean = layer ? m.first / dim : 0;
     rest = static_cast<Real>(mean);
     rstd = static_cast<Real>(1 / std::sqrt(std::max(0.0, m.second / dim - mean * mean) + eps));
@@ -63,27 +69,32 @@ Outputs forward(const Activations& x, const Shared<Real>& shared, const Update* 
       const int64_t end = std::min(tokens, (piece + 1) * tokens_at_a_time);
       for (int64_t n = piece * tokens_at_a_time; n < end; ++n) {
         prepared.at(n);
+        const int64_t following = std::min(n + 1, tokens - 1);
+        const Row next_x{x.row(following), x.tensor.element_size()};
+        const Row next_y = update ? Row{update->y.row(following), update->y.tensor.element_size()} : next_x;
         double sum;
         if (!update) {
           sum = kernels.widen[x.dtype](x.row(n), dim, total.data());
         } else if (!post && update->y.dtype == x.dtype) {
-          sum = kernels.add_gated[x.dtype](x.row(n), update->y.row(n), prepared.gate_row(), dim, residual + n * x_bytes, total.data());
+          sum = kernels.add_gated[x.dtype](x.row(n), update->y.row(n), prepared.gate_row(), dim, residual + n * x_bytes, total.data(),
+                                         next_x.data, next_y.data);
         } else {
           const double sum_of_y = kernels.widen[update->y.dtype](update->y.row(n), dim, of_y.data());
           if (post) {
-            const Statistics<Real> s(kernels, of_y.data(), sum_of_y, dim, update->layer, update->eps);
+            const Statistics<Real> s(kernels, of_y.data(), sum_of_y, dim, update->layer, update->eps, next_y);
             s.write(post_statistics + 2 * n);
             kernels.modulate[real_type](of_y.data(), s.about, s.rest, s.rstd, shared.post_weight.data(), shared.zeros.data(), dim,
-                                        of_y.data());
+                                        of_y.data(), next_y.data, next_y.bytes);
           }
-          sum = kernels.add_gated_wide[x.dtype](x.row(n), of_y.data(), prepared.gate_row(), dim, residual + n * x_bytes, total.data());
+          sum = kernels.add_gated_wide[x.dtype](x.row(n), of_y.data(), prepared.gate_row(), dim, residual + n * x_bytes,
+                                              total.data(), next_x.data, reinterpret_cast<const char*>(of_y.data()));
         }
         if (!norm) continue;
-        const Statistics<Real> s(kernels, total.data(), sum, dim, norm->layer, norm->eps);
+        const Statistics<Real> s(kernels, total.data(), sum, dim, norm->layer, norm->eps, next_x);
         s.write(statistics + 2 * n);
         for (int i = 0; i < (second ? 2 : 1); ++i)
           kernels.modulate[out_type](total.data(), s.about, s.rest, s.rstd, prepared.factor[i].data(), prepared.offset[i].data(), dim,
-                                     modulated[i] + n * out_bytes);
+                                     modulated[i] + n * out_bytes, next_y.data, next_y.bytes);
       }
     };
   });

@@ -47,11 +47,10 @@ struct Loops {
     simd::store<Lanes, T>(place, p, v);
   }
 
+  // Pairs of chains, then pairs of lanes in fp64: one after the other, 64 additions would take as long as the loop before them.
   static double total(const Vec (&sums)[chains]) {
-    double all = 0;
-    for (const Vec& sum : sums)
-      for (int i = 0; i < Lanes::width; ++i) all += sum[i];
-    return all;
+    static_assert(chains == 4);
+    return Lanes::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 
   template <class T>
@@ -106,10 +105,13 @@ struct Loops {
   }
 
   template <class T, class Y>
-  static double add_gated(const void* x, const Y* y, const Real* gate, int64_t dim, void* residual, Real* out) {
+  static double add_gated(const void* x, const Y* y, const Real* gate, int64_t dim, void* residual, Real* out, const char* next_x,
+                          const char* next_y) {
     Vec sums[chains] = {};
     const auto each = [&](auto gated) ALWAYS_INLINE {
       sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto chain) ALWAYS_INLINE {
+        __builtin_prefetch(next_x + d * int64_t{sizeof(T)});
+        __builtin_prefetch(next_y + d * int64_t{sizeof(Y)});
         const Vec of_x = load(place, static_cast<const T*>(x) + d), of_y = load(place, y + d);
         const auto packed = Storage<Lanes, T>::pack(gated ? Lanes::fmadd(load(place, gate + d), of_y, of_x) : of_x + of_y);
         place.write(static_cast<T*>(residual) + d, packed);
@@ -123,13 +125,15 @@ struct Loops {
     return total(sums);
   }
   template <class T>
-  static double add_gated_same(const void* x, const void* y, const Real* gate, int64_t dim, void* residual, Real* out) {
-    return add_gated<T, T>(x, static_cast<const T*>(y), gate, dim, residual, out);
+  static double add_gated_same(const void* x, const void* y, const Real* gate, int64_t dim, void* residual, Real* out,
+                               const char* next_x, const char* next_y) {
+    return add_gated<T, T>(x, static_cast<const T*>(y), gate, dim, residual, out, next_x, next_y);
   }
 
-  static Moments moments(const Real* row, Real about, int64_t dim) {
+  static Moments moments(const Real* row, Real about, int64_t dim, const char* next, int64_t next_bytes) {
     Vec first[chains] = {}, second[chains] = {};
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto chain) ALWAYS_INLINE {
+      __builtin_prefetch(next + d * next_bytes);
       const Vec v = place.only(load(place, row + d) - about);
       first[chain] += v;
       second[chain] = Lanes::fmadd(v, v, second[chain]);
@@ -139,9 +143,11 @@ struct Loops {
 
   template <class T>
   static void modulate(const Real* row, Real about, Real mean, Real rstd, const Real* factor, const Real* offset, int64_t dim,
-                       void* out) {
+                       void* out, const char* next, int64_t next_bytes) {
+    const Vec slope = Lanes::broadcast(rstd), below = Lanes::broadcast(-mean * rstd);
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto) ALWAYS_INLINE {
-      const Vec normed = ((load(place, row + d) - about) - mean) * rstd;
+      __builtin_prefetch(next + d * next_bytes);
+      const Vec normed = Lanes::fmadd(load(place, row + d) - about, slope, below);
       store(place, static_cast<T*>(out) + d, Lanes::fmadd(normed, load(place, factor + d), load(place, offset + d)));
     });
   }

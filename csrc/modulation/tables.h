@@ -27,14 +27,18 @@ struct Kernels {
   // gate = g(gate), slope = g'(gate); not for the identity
   void (*apply_gate)(GateFn function, Real* gate, int64_t dim, Real* slope);
 
+  // `next`: a row that is wanted soon, of so many bytes a channel (of x's and y's dtype in the first two). It is asked for along the
+  // way: the processor's own prefetching stops at the end of every page.
   // total = residual = x + gate y, rounded to x's dtype; gate may be null. y is of x's dtype, or wide. Returns the sum of total.
-  double (*add_gated[4])(const void* x, const void* y, const Real* gate, int64_t dim, void* residual, Real* total);
-  double (*add_gated_wide[4])(const void* x, const Real* y, const Real* gate, int64_t dim, void* residual, Real* total);
+  double (*add_gated[4])(const void* x, const void* y, const Real* gate, int64_t dim, void* residual, Real* total,
+                         const char* next_x, const char* next_y);
+  double (*add_gated_wide[4])(const void* x, const Real* y, const Real* gate, int64_t dim, void* residual, Real* total,
+                              const char* next_x, const char* next_y);
   // sums of row - about and of its square
-  Moments (*moments)(const Real* row, Real about, int64_t dim);
+  Moments (*moments)(const Real* row, Real about, int64_t dim, const char* next, int64_t next_bytes);
   // out = ((row - about) - mean) rstd factor + offset
   void (*modulate[4])(const Real* row, Real about, Real mean, Real rstd, const Real* factor, const Real* offset, int64_t dim,
-                      void* out);
+                      void* out, const char* next, int64_t next_bytes);
 
   // normed = (row - mean) rstd
   void (*normalize[4])(const void* row, Real mean, Real rstd, int64_t dim, Real* normed);
@@ -63,7 +67,7 @@ struct Kernels {
 extern const Kernels<double> fp64_kernels;
 extern const Kernels<float> scalar_kernels;
 #if defined(__x86_64__)
-extern const Kernels<float> avx2_kernels, avx512_kernels;
+extern const Kernels<float> avx2_kernels, avx512_kernels, avx512_bf16_kernels;
 #endif
 
 template <class Real>
@@ -76,6 +80,9 @@ inline const Kernels<double>& kernels_of<double>(InstructionSet) {
 template <>
 inline const Kernels<float>& kernels_of<float>(InstructionSet set) {
 #if defined(__x86_64__)
+  // AVX512-BF16 comes with AMX, and on some processors without it; who asks for another set by name gets that
+  const bool rounds_to_bf16 = set == InstructionSet::amx || (set >= InstructionSet::avx512 && !selected_by_name());
+  if (rounds_to_bf16 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16_kernels;
   if (set >= InstructionSet::avx512) return avx512_kernels;  // and what goes beyond it
   if (set == InstructionSet::avx2) return avx2_kernels;
 #endif

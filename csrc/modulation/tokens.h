@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -34,6 +35,7 @@ struct Activations {
   char* data;
   int dtype;
   int64_t samples, length, dim, sample_stride, token_stride;  // strides in bytes
+  bool evenly;                                                // spaced: no division by `length`, which takes as long as ten vectors
 
   explicit Activations(const Tensor& t) : tensor(with_dense_channels(t)) {
     data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
@@ -41,9 +43,12 @@ struct Activations {
     samples = tensor.size(0), length = tensor.size(1), dim = tensor.size(2);
     const int64_t size = tensor.element_size();
     sample_stride = tensor.stride(0) * size, token_stride = tensor.stride(1) * size;
+    evenly = samples == 1 || sample_stride == length * token_stride;
   }
   int64_t tokens() const { return samples * length; }
-  char* row(int64_t n) const { return data + n / length * sample_stride + n % length * token_stride; }
+  char* row(int64_t n) const {
+    return data + (evenly ? n * token_stride : n / length * sample_stride + n % length * token_stride);
+  }
 };
 
 // Token -> row of (R, D), for packed sequences; without it, the shapes of the vectors say which row is a token's.
@@ -156,6 +161,7 @@ struct Prepared {
   const Shared<Real>& shared;
   Buffer<Real> raw[vectors], slope, one_plus[2], factor[2], offset[2];
   int64_t row[vectors] = {-1, -1, -1, -1, -1};
+  int64_t begin = 0, end = 0;  // of tokens that have these vectors
 
   explicit Prepared(const Shared<Real>& shared) : shared(shared) {
     for (int v = 0; v < vectors; ++v) {
@@ -169,16 +175,21 @@ struct Prepared {
   }
 
   bool changes_at(int64_t n) const {
+    if (n >= begin && n < end) return false;
     for (int v = 0; v < vectors; ++v)
       if (shared.vector[v].given && shared.vector[v].row(n, shared.rows) != row[v]) return true;
     return false;
   }
 
   void at(int64_t n) {
+    if (n >= begin && n < end) return;
     bool changed[vectors];
+    begin = 0, end = std::numeric_limits<int64_t>::max();
     for (int v = 0; v < vectors; ++v) {
       const Vector& vector = shared.vector[v];
       const int64_t wanted = vector.given ? vector.row(n, shared.rows) : 0;
+      if (vector.by_row) begin = n, end = n + 1;
+      else if (vector.span) begin = std::max(begin, wanted * vector.span), end = std::min(end, (wanted + 1) * vector.span);
       changed[v] = wanted != row[v];
       if (!changed[v]) continue;
       row[v] = wanted;

@@ -1,5 +1,5 @@
 // Rows as they lie in memory, of any float dtype, read into vectors of the type that is computed in, and rounded back once.
-// Lanes adds to Vectors, where Real is float: from_half and to_half.
+// Lanes adds to Vectors and Words: fmadd and, where GCC makes poor code of Words, its own conversions.
 #pragma once
 
 #include "simd/vectors.h"
@@ -23,10 +23,11 @@ struct Words {
   typedef F32 Single __attribute__((vector_size(4 * WIDTH)));
 
   static Single from_bf16(Half h) { return (Single)(__builtin_convertvector(h, Word) << 16); }
-  static Half to_bf16(Single f) {
+  static Word bf16_bits(Single f) {
     const Word bits = (Word)f, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return __builtin_convertvector((f == f ? rounded : (bits | 0x400000)) >> 16, Half);
+    return (f == f ? rounded : (bits | 0x400000)) >> 16;
   }
+  static Half to_bf16(Single f) { return __builtin_convertvector(bf16_bits(f), Half); }
   // The exponent goes to its place; a multiplication corrects its bias and makes subnormals normal.
   static Single from_half(Half h) {
     const Word wide = __builtin_convertvector(h, Word), sign = (wide & 0x8000) << 16, rest = (wide & 0x7fff) << 13;
@@ -55,8 +56,8 @@ template <class Lanes>
 struct Storage<Lanes, Bf16> {
   using W = Words<Lanes::width>;
   using Packed = typename W::Half;
-  static typename Lanes::Vec unpack(Packed p) { return __builtin_convertvector(W::from_bf16(p), typename Lanes::Vec); }
-  static Packed pack(typename Lanes::Vec v) { return W::to_bf16(__builtin_convertvector(v, typename W::Single)); }
+  static typename Lanes::Vec unpack(Packed p) { return __builtin_convertvector(Lanes::from_bf16(p), typename Lanes::Vec); }
+  static Packed pack(typename Lanes::Vec v) { return Lanes::to_bf16(__builtin_convertvector(v, typename W::Single)); }
 };
 template <class Lanes>
 struct Storage<Lanes, Fp16> {

@@ -23,6 +23,13 @@ struct Vectors {
   }
   static void store(T* p, Vec v) { std::memcpy(p, &v, sizeof v); }
   static void add(Vec v, Wide& sum) { sum += __builtin_convertvector(v, Wide); }
+  static double sum(Vec v) {
+    double lane[width];
+    for (int i = 0; i < width; ++i) lane[i] = v[i];
+    for (int half = width / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+  }
   static Vec broadcast(T x) { return x - Vec{}; }  // and not x + 0, which has no -0
 };
 
