@@ -147,13 +147,11 @@ def normalize(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     The mean is taken of the distances to the row's first element, or its rounding error would be that of numbers as large as the
     mean: a row of equal elements would not be 0 (1000.1 gave 0.12), and one far from 0 less exact than torch's own.
     """
-    centred = x = x.contiguous()  # the order of sums, and with it the rounding, depends on strides
+    centred = x = x.contiguous()  # the order of torch's sums, and with it their rounding, depends on strides
     mean = torch.zeros_like(x[..., :1])
     if norm == "layer":
-        first = x[..., :1]
-        distances = x - first
-        offset = distances.mean(-1, keepdim=True)
-        centred, mean = distances - offset, first + offset
+        mean = x[..., :1] + (x - x[..., :1]).mean(-1, keepdim=True)
+        centred = x - mean
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd, torch.cat((mean, rstd), -1)
 

@@ -29,8 +29,9 @@ EVERY = "y gate shift scale shift_2 scale_2 weight bias post_weight table"
 seam = partial(pair, "gate_residual_adaln")
 NARROW = SAME[1:]
 LUMINA = {"gate_fn": "tanh", "post_norm": "rms", "norm": "rms"}
-ADDRESSES = ("shared", "frame", "token", "rows", "sample shared token frame", "shared rows")
-SHAPES = ((3, 1, 1152), (3, 256, 72), (3, 257, 3), (3, 255, 384), (7, 72), (3, 2, 4, 72))
+ADDRESSES = ("frame", "rows", "sample shared token frame", "shared rows")
+SHAPES = ((65, 1, 72), (3, 256, 72), (3, 255, 384), (17, 3, 1152), (193, 72), (3, 4, 15, 72))
+FEW_CHANNELS = ((3, 257, 3), (3, 257, 1))
 EMPTY = {"no_samples": (0, 12, 72), "no_tokens": (3, 0, 72)}
 USES = {"residual": ("residual",), "modulated": ("modulated",), "second": ("modulated_2",), "outer": ("residual", "modulated_2")}
 
@@ -45,13 +46,15 @@ CASES = [
     *[c for a in ADDRESSES for c in seam(f"by_{a.replace(' ', '_')}", inputs(EVERY, address=a), NARROW, **LUMINA)],
     *seam("by_int64_rows", inputs(NAMES, address="rows", index=torch.int64), NARROW),
     *seam("mixed_dtypes", inputs(EVERY), MIXED, **LUMINA),
-    *seam("into_bfloat16", inputs(NAMES), ((FP32, BF16, BF16), (FP32, BF16, FP32), (FP32,)), dtype=BF16),
+    *seam("into_bfloat16", inputs(NAMES), ((FP32, BF16, BF16),), dtype=BF16),
     *[c for s in SHAPES for c in seam("x".join(map(str, s)), inputs(NAMES, s), FEW)],
-    *seam("one_channel", inputs(NAMES, (3, 257, 1)), SAME[:2], norm="rms", eps=0.5),
+    *[c for s in FEW_CHANNELS for c in seam(f"{s[-1]}_channels", inputs(NAMES, s), SAME[:2], eps=0.5)],
     *[c for n, s in EMPTY.items() for c in seam(n, inputs(EVERY, s), FEW, **LUMINA)],
     *[c for n, change in LAYOUTS.items() for c in seam(n, inputs(EVERY, address="sample token", layout=change), FEW, **LUMINA)],
     *[c for n in (6, 9) for c in seam(f"chunk_{n}", inputs(NAMES, layout=chunks(n)), FEW)],
-    *[c for v in (offset, constant, tiny, huge) for c in seam(v.__name__, inputs(NAMES, values=v), NARROW)],
+    # In 16 bits such a residual has lost in its rounding, which plain PyTorch shares, what the norm then enlarges.
+    *[c for v in (offset, constant, tiny) for c in seam(v.__name__, inputs(NAMES, values=v), SAME[1:2])],
+    *seam("huge", inputs(NAMES, values=huge), NARROW),
     *seam("nan", inputs(EVERY, values=not_finite(torch.nan)), FEW, post_norm="layer"),
     *seam("inf_rms", inputs(EVERY, values=not_finite(torch.inf)), FEW, **LUMINA),
     *seam("not_finite_y", inputs(NAMES, values=not_finite_y), FEW),
