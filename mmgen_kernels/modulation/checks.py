@@ -25,15 +25,17 @@ def check_floats(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
 
 
-def check_activations(x: Tensor, y: Tensor | None = None) -> None:
+def check_x(x: Tensor) -> None:
     check_floats("x", x)
     if x.dim() < 2 or x.shape[-1] < 1:
         raise ValueError(f"x must be (B, T, D), (N, D) or (B, ..., D) with D >= 1, got shape {tuple(x.shape)}")
-    if y is not None:
-        check_floats("y", y)
-        if y.shape != x.shape:
-            raise ValueError(f"y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
-        check_device("y", y, x)
+
+
+def check_y(y: Tensor, x: Tensor) -> None:
+    check_floats("y", y)
+    if y.shape != x.shape:
+        raise ValueError(f"y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    check_device("y", y, x)
 
 
 def check_device(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -226,7 +226,8 @@ def gate_residual_backward(
     grad_y, grads = gate_gradients(
         widen(grad, y), y, post_statistics, gate, post_weight, table, rows, gate_fn, post_norm
     )
-    gradients = [grad_y.to(y.dtype), collect(grads["gate"], gate, rows), collect(grads["post_weight"], post_weight, rows)]
+    gradients = [grad_y.to(y.dtype, copy=gate is None)]  # never the memory of grad_residual, which is the gradient of x
+    gradients += [collect(grads["gate"], gate, rows), collect(grads["post_weight"], post_weight, rows)]
     return needed([*gradients, of_table(grads, {"gate": gate}, table)], needs, y)
 
 
@@ -264,7 +265,7 @@ def gate_residual_adaln_backward(
     )
     grads |= of_update
     vectors = {"gate": gate, "shift": shift, "scale": scale, "shift_2": shift_2, "scale_2": scale_2}
-    gradients = [grad.to(residual.dtype), grad_y.to(y.dtype)]
+    gradients = [grad.to(residual.dtype), grad_y.to(y.dtype, copy=gate is None)]  # never one memory for both
     shared = {"weight": weight, "bias": bias, "post_weight": post_weight}
     gradients += [collect(grads[name], of, rows) for name, of in (vectors | shared).items()]
     return needed([*gradients, of_table(grads, vectors, table)], needs, residual)
@@ -286,7 +287,7 @@ def norm_gradients(
     grads: Vectors = {}
     grad_n = torch.zeros_like(n)
     for grad, suffix in ((grad_modulated, ""), (grad_modulated_2, "_2")):
-        grad = torch.zeros_like(n) if grad is None else grad.to(n.dtype)
+        grad = torch.zeros_like(n) if grad is None else grad.to(n.dtype).contiguous()
         scale_of = vectors[f"scale{suffix}"]
         grads[f"shift{suffix}"], grads[f"scale{suffix}"] = grad, grad * n
         grad_n = grad_n + modulate(grad, None, scale_of)
@@ -297,7 +298,7 @@ def norm_gradients(
 def gate_gradients(grad, y, statistics, gate, post_weight, table, rows, gate_fn, post_norm) -> tuple[Tensor, Vectors]:
     """Of y, gate and post_weight, for every token, given the gradient of the sum x + g(gate) y."""
     gate = per_token({"gate": gate}, table, rows, grad)["gate"]
-    y = y.to(grad.dtype)
+    y, grad = y.to(grad.dtype), grad.contiguous()
     normed = y if post_norm is None else (y - statistics[..., :1]) * statistics[..., 1:]
     update = affine(normed, post_weight, None)
     grad_update = grad if gate is None else grad * GATES[gate_fn](gate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ ADDRESSES = ("shared", "frame", "token", "rows")
 EMPTY = {"no_samples": (0, 12, 72), "no_tokens": (3, 0, 72)}
 SHAPES = ((3, 257, 1), (3, 255, 1408), (193, 72))
 NORMS = ("layer", "rms")
-LUMINA = {"gate_fn": "tanh", "post_norm": "rms"}
+LUMINA: dict[str, Any] = {"gate_fn": "tanh", "post_norm": "rms"}
 
 CASES = [
     *[c for g in GATES for c in gate_residual(g, inputs(GATED), SAME, gate_fn=g, quick=g == "identity")],

@@ -40,8 +40,8 @@ def call(operator: str, t: Tensors, options: dict[str, Any]) -> Tensors:
     """The public function; its outputs by name."""
     several = "shift_2" in t or "scale_2" in t
     shift, scale = ((t.get(n), t.get(f"{n}_2")) if several else t.get(n) for n in ("shift", "scale"))
-    shared = {"table": t.get("table"), "rows": t.get("rows")} | options
-    affine = {"weight": t.get("weight"), "bias": t.get("bias")}
+    shared: dict[str, Any] = {"table": t.get("table"), "rows": t.get("rows")} | options
+    affine: dict[str, Any] = {"weight": t.get("weight"), "bias": t.get("bias")}
     if operator == "adaln":
         residual, modulated = None, mk.adaln(t["x"], shift, scale, **affine, **shared)
     elif operator == "gate_residual":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ NAMES = "y gate shift scale"
 EVERY = "y gate shift scale shift_2 scale_2 weight bias post_weight table"
 seam = partial(pair, "gate_residual_adaln")
 NARROW = SAME[1:]
-LUMINA = {"gate_fn": "tanh", "post_norm": "rms", "norm": "rms"}
+LUMINA: dict[str, Any] = {"gate_fn": "tanh", "post_norm": "rms", "norm": "rms"}
 ADDRESSES = ("frame", "rows", "sample shared token frame", "shared rows")
 SHAPES = ((65, 1, 72), (3, 256, 72), (3, 255, 384), (17, 3, 1152), (193, 72), (3, 4, 15, 72))
 FEW_CHANNELS = ((3, 257, 3), (3, 257, 1))
