@@ -226,7 +226,8 @@ def gate_residual_backward(
     grad_y, grads = gate_gradients(
         widen(grad, y), y, post_statistics, gate, post_weight, table, rows, gate_fn, post_norm
     )
-    gradients = [grad_y.to(y.dtype, copy=gate is None)]  # never the memory of grad_residual, which is the gradient of x
+    # never the memory of grad_residual, which is the gradient of x
+    gradients: list[Tensor | None] = [grad_y.to(y.dtype, copy=gate is None)]
     gradients += [collect(grads["gate"], gate, rows), collect(grads["post_weight"], post_weight, rows)]
     return needed([*gradients, of_table(grads, {"gate": gate}, table)], needs, y)
 
@@ -265,7 +266,8 @@ def gate_residual_adaln_backward(
     )
     grads |= of_update
     vectors = {"gate": gate, "shift": shift, "scale": scale, "shift_2": shift_2, "scale_2": scale_2}
-    gradients = [grad.to(residual.dtype), grad_y.to(y.dtype, copy=gate is None)]  # never one memory for both
+    # never one memory for both
+    gradients: list[Tensor | None] = [grad.to(residual.dtype), grad_y.to(y.dtype, copy=gate is None)]
     shared = {"weight": weight, "bias": bias, "post_weight": post_weight}
     gradients += [collect(grads[name], of, rows) for name, of in (vectors | shared).items()]
     return needed([*gradients, of_table(grads, vectors, table)], needs, residual)

@@ -110,6 +110,27 @@ def test_bad_vectors(operator, vector, name):
         call(operator, {vector: value} | others)
 
 
+def test_a_vector_that_would_be_misread():
+    """Beside x (B, H, W, D), flattened, (B, 1, W, D) would be taken for W spans of H tokens."""
+    x = torch.randn(3, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"^shift must be .*where F divides T = 6"):
+        mk.adaln(x, torch.randn(3, 1, 3, 4), None)
+    n = mk.adaln(x, None, None)
+    for shape in ((3, 2, 3, 4), (3, 2, 1, 4), (3, 1, 1, 4), (1, 2, 3, 4)):
+        shift = torch.randn(shape)
+        assert torch.equal(mk.adaln(x, shift, None), n + shift)
+
+
+def test_a_table_needs_a_vector():
+    for call_it in (
+        lambda table: mk.adaln(X, None, None, table=table),
+        lambda table: mk.gate_residual(X, X, None, table=table),
+        lambda table: mk.gate_residual_adaln(X, X, None, None, None, table=table),
+    ):
+        with pytest.raises(ValueError, match=r"^table needs a vector that it is added to, got none"):
+            call_it(torch.zeros(0, 4))
+
+
 def test_unknown_keywords_and_positional_options():
     with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
         mk.adaln(X, V, V, epsilon=1e-6)

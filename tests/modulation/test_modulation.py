@@ -230,6 +230,14 @@ def test_the_gradient_of_x_is_the_incoming_gradient_itself(implementation):
     assert torch.equal(of_x, upstream) and torch.equal(of_y, upstream + 1)
 
 
+def test_gradients_of_an_ungated_seam_are_two_tensors(implementation):
+    """They are equal; one that is written, as by clipping, must leave the other."""
+    x, y = torch.randn(3, 5, 8).requires_grad_(), torch.randn(3, 5, 8).requires_grad_()
+    residual, modulated = mk.gate_residual_adaln(x, y, None, None, None)
+    of_x, of_y = torch.autograd.grad(weighted({"r": residual, "m": modulated}), (x, y))
+    assert torch.equal(of_x, of_y) and of_x.data_ptr() != of_y.data_ptr()
+
+
 @pytest.mark.parametrize("operator", NAMES)
 def test_upstream_gradients_of_any_layout(implementation, operator):
     t, options = made(operator, **LUMINA)

@@ -51,13 +51,6 @@ def constant(shape, dtype):
     return tuple((10 ** (3 * rand(*shape[:-1], 1, seed=s))).expand(shape).clone() for s in (3, 4))
 
 
-def zeros(shape, dtype):
-    """Zero rows among others."""
-    x, y = gaussian(shape, dtype)
-    x[:, ::2] = y[:, ::2] = 0
-    return x, y
-
-
 def tiny(shape, dtype):
     return tuple(v * (1e-7 if dtype == FP16 else 1e-20) for v in gaussian(shape, dtype))
 

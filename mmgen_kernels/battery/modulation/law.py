@@ -200,8 +200,8 @@ def halves(t: Tensors, options: dict[str, Any]) -> Tensors:
     if "gate" in t:
         first["gate"] = t["gate"]
     if "table" in t:
-        rows_of_gate = int("gate" in t)
-        first |= {"table": t["table"][:rows_of_gate]}
-        second |= {"table": t["table"][rows_of_gate:]}
+        parts = t["table"].split([int("gate" in t), len(t["table"]) - int("gate" in t)])
+        for half, part in zip((first, second), parts, strict=True):
+            half |= {"table": part} if len(part) else {}
     outputs = call("gate_residual", first, {n: options[n] for n in OPTIONS["gate_residual"]})
     return outputs | call("adaln", second | {"x": outputs["residual"]}, {n: options[n] for n in OPTIONS["adaln"]})
