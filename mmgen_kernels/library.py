@@ -135,7 +135,7 @@ class Operator:
         arguments = []
         for kind, i in self.sources:
             if kind == "gradient":
-                arguments.append(grads[i])
+                arguments.append(None if is_placeholder(grads[i]) else grads[i])
             elif kind == "needed":
                 arguments.append(needed[i])
             else:
@@ -191,6 +191,11 @@ class _Functorch(torch.autograd.Function):
             ctx.operator.refuse_double_backward(ctx)
         call = functools.partial(_Functorch.apply, ctx.operator.backward, ctx.implementation)
         return None, None, *ctx.operator.gradients(call, ctx, *grads)
+
+
+def is_placeholder(grad: Tensor | None) -> bool:
+    """Whether it is the gradient of an output that nobody asked for, as who sums up all outputs has it (opcheck does)."""
+    return grad is not None and grad.dim() == 1 and grad.shape[0] == 0
 
 
 def _import_launcher(path: str) -> Callable:

@@ -15,15 +15,22 @@ from torch import Tensor
 
 Vectors = dict[str, Tensor | None]
 
+
+
+def sigmoid_one_minus(gate: Tensor) -> Tensor:
+    """torch.sigmoid on CPU has other bits for the elements behind the last full vector: a sample's would depend on its batch."""
+    return (1 + (gate - 1).exp()).reciprocal()
+
+
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda gate: gate,
     "tanh": torch.tanh,
-    "sigmoid_one_minus": lambda gate: torch.sigmoid(1 - gate),
+    "sigmoid_one_minus": sigmoid_one_minus,
 }
 DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
     "tanh": lambda gate: 1 - gate.tanh().square(),
-    "sigmoid_one_minus": lambda gate: torch.sigmoid(1 - gate) * (torch.sigmoid(1 - gate) - 1),
+    "sigmoid_one_minus": lambda gate: sigmoid_one_minus(gate) * (sigmoid_one_minus(gate) - 1),
 }
 
 
@@ -134,9 +141,16 @@ def spread(vector: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
-    """x without mean (layer) and with unit variance (or, rms, mean square); statistics (B, T, 2): mean (rms: 0), 1 / deviation."""
-    mean = x.mean(-1, keepdim=True) if norm == "layer" else torch.zeros_like(x[..., :1])
-    centred = x - mean
+    """x without mean (layer) and with unit variance (or, rms, mean square); statistics (B, T, 2): mean (rms: 0), 1 / deviation.
+
+    The mean is taken of the distances to the row's first element, or its rounding error would be that of numbers as large as the
+    mean: a row of equal elements would not be 0 (1000.1 gave 0.12), and one far from 0 less exact than torch's own.
+    """
+    centred = x = x.contiguous()  # the order of torch's sums, and with it their rounding, depends on strides
+    mean = torch.zeros_like(x[..., :1])
+    if norm == "layer":
+        mean = x[..., :1] + (x - x[..., :1]).mean(-1, keepdim=True)
+        centred = x - mean
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd, torch.cat((mean, rstd), -1)
 
@@ -211,7 +225,9 @@ def gate_residual_backward(
     grad_y, grads = gate_gradients(
         widen(grad), y, post_statistics, gate, post_weight, table, rows, gate_fn, post_norm
     )
-    gradients = [grad_y.to(y.dtype), collect(grads["gate"], gate, rows), collect(grads["post_weight"], post_weight, rows)]
+    # never the memory of grad_residual, which is the gradient of x
+    gradients: list[Tensor | None] = [grad_y.to(y.dtype, copy=gate is None)]
+    gradients += [collect(grads["gate"], gate, rows), collect(grads["post_weight"], post_weight, rows)]
     return needed([*gradients, of_table(grads, {"gate": gate}, table)], needs, y)
 
 
@@ -249,7 +265,8 @@ def gate_residual_adaln_backward(
     )
     grads |= of_update
     vectors = {"gate": gate, "shift": shift, "scale": scale, "shift_2": shift_2, "scale_2": scale_2}
-    gradients: list[Tensor | None] = [grad.to(residual.dtype), grad_y.to(y.dtype)]
+    # never one memory for both
+    gradients: list[Tensor | None] = [grad.to(residual.dtype), grad_y.to(y.dtype, copy=gate is None)]
     shared = {"weight": weight, "bias": bias, "post_weight": post_weight}
     gradients += [collect(grads[name], of, rows) for name, of in (vectors | shared).items()]
     return needed([*gradients, of_table(grads, vectors, table)], needs, residual)
@@ -271,7 +288,7 @@ def norm_gradients(
     grads: Vectors = {}
     grad_n = torch.zeros_like(n)
     for grad, suffix in ((grad_modulated, ""), (grad_modulated_2, "_2")):
-        grad = torch.zeros_like(n) if grad is None else grad.to(n.dtype)
+        grad = torch.zeros_like(n) if grad is None else grad.to(n.dtype).contiguous()
         scale_of = vectors[f"scale{suffix}"]
         grads[f"shift{suffix}"], grads[f"scale{suffix}"] = grad, grad * n
         grad_n = grad_n + modulate(grad, None, scale_of)
@@ -282,7 +299,7 @@ def norm_gradients(
 def gate_gradients(grad, y, statistics, gate, post_weight, table, rows, gate_fn, post_norm) -> tuple[Tensor, Vectors]:
     """Of y, gate and post_weight, for every token, given the gradient of the sum x + g(gate) y."""
     gate = per_token({"gate": gate}, table, rows, grad)["gate"]
-    y = y.to(grad.dtype)
+    y, grad = y.to(grad.dtype), grad.contiguous()
     normed = y if post_norm is None else (y - statistics[..., :1]) * statistics[..., 1:]
     update = affine(normed, post_weight, None)
     grad_update = grad if gate is None else grad * GATES[gate_fn](gate)
