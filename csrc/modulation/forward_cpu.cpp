@@ -23,8 +23,9 @@ struct Statistics {
     about = layer ? static_cast<Real>(sum / dim) : Real(0);
     const Moments m = kernels.moments(row, about, dim, next.data, next.bytes);
     const double mean = layer ? m.first / dim : 0;
+    const double variance = m.second / dim - mean * mean;  // NaN stays NaN
     rest = static_cast<Real>(mean);
-    rstd = static_cast<Real>(1 / std::sqrt(std::max(0.0, m.second / dim - mean * mean) + eps));
+    rstd = static_cast<Real>(1 / std::sqrt((variance < 0 ? 0 : variance) + eps));
   }
   void write(Real* out) const { out[0] = about + rest, out[1] = rstd; }
 };

@@ -87,20 +87,28 @@ struct Loops {
     });
   }
 
+  static typename Lanes::Wide less_one(typename Lanes::Wide x) {
+    if constexpr (sizeof(Real) == sizeof(float)) return simd::exponential_less_one<Lanes>(x);
+    for (int i = 0; i < Lanes::width; ++i) x[i] = std::expm1(x[i]);
+    return x;
+  }
+
   static void apply_gate(GateFn function, Real* gate, int64_t dim, Real* slope) {
+    using Wide = typename Lanes::Wide;
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto) ALWAYS_INLINE {
-      const Vec g = load(place, gate + d);
-      Vec value, derivative;
+      const Wide g = __builtin_convertvector(load(place, gate + d), Wide);
+      Wide value, derivative;
       if (function == GateFn::tanh) {
-        value = simd::hyperbolic_tangent<Lanes>(g);
+        const Wide magnitude = g < 0 ? -g : g, e = less_one(magnitude > 40 ? Wide{} - 80 : -2 * magnitude);  // e^-2|g| - 1
+        value = (g < 0 ? e : -e) / (e + 2);
         derivative = 1 - value * value;
       } else {
-        const Vec e = simd::exponential<Lanes>(g - 1);
-        value = 1 / (1 + e);
-        derivative = -value * (e < 1 ? e * value : 1 - value);  // e may be Inf, where value is 0
+        const Wide limited = g > 700 ? Wide{} + 700 : g, e = less_one((limited < -699 ? Wide{} - 699 : limited) - 1);
+        value = 1 / (e + 2);
+        derivative = value * value - value;
       }
-      store(place, gate + d, value);
-      store(place, slope + d, derivative);
+      store(place, gate + d, __builtin_convertvector(value, Vec));
+      store(place, slope + d, __builtin_convertvector(derivative, Vec));
     });
   }
 

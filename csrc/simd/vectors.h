@@ -33,14 +33,28 @@ struct Vectors {
   static Vec broadcast(T x) { return x - Vec{}; }  // and not x + 0, which has no -0
 };
 
-// e^x = 2^n (1 + p) for x <= 88, where n ln 2 is nearest to x; larger x count as 88.37. NaN stays NaN.
-// With r = x - n ln 2, |r| <= ln 2 / 2, p = r + r^2 q(r): q is a minimax polynomial, 0.06 of 2^-24 off.
-template <class Lanes>
-struct PowerAndRest {
-  using Vec = typename Lanes::Vec;
-  Vec power, rest;
+// q of e^r = 1 + r + r^2 q(r) for |r| <= ln 2 / 2: a minimax polynomial, 0.06 of 2^-24 off.
+template <class Lanes, class V>
+V rest_of_exponential(V r) {
+  const auto step = [&](V q, float next) {
+    if constexpr (sizeof(V) == sizeof(typename Lanes::Vec)) return Lanes::fmadd(r, q, Lanes::broadcast(next));
+    else return r * q + next;
+  };
+  V q = step(0x1.6a23cep-10f - V{}, 0x1.123a2p-7f);
+  q = step(q, 0x1.5558f2p-5f);
+  q = step(q, 0x1.555492p-3f);
+  return step(q, 0x1.fffffcp-2f);
+}
 
-  explicit PowerAndRest(Vec x) {
+// e^x within 1 ulp for x <= 88; larger x count as 88.37. Below the smallest normal number the result is 0. NaN stays NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2.
+template <class Lanes>
+typename Lanes::Vec exponential(typename Lanes::Vec x) {
+  using Vec = typename Lanes::Vec;
+  if constexpr (sizeof(typename Lanes::Real) == sizeof(double)) {
+    for (int i = 0; i < Lanes::width; ++i) x[i] = std::exp(x[i]);
+    return x;
+  } else {
     using Bits = typename Lanes::Bits;
     const auto all = [](float value) { return Lanes::broadcast(value); };
     constexpr float to_integer = 0x1.8p23f;  // a sum with it has its units in the last bits
@@ -49,44 +63,26 @@ struct PowerAndRest {
     const Vec shifted = Lanes::fmadd(limited, all(0x1.715476p0f), all(to_integer));
     const Vec n = shifted - to_integer;
     const Vec r = Lanes::fmadd(n, all(-ln2_low), Lanes::fmadd(n, all(-ln2_high), limited));
-    Vec q = Lanes::fmadd(r, all(0x1.6a23cep-10f), all(0x1.123a2p-7f));
-    q = Lanes::fmadd(r, q, all(0x1.5558f2p-5f));
-    q = Lanes::fmadd(r, q, all(0x1.555492p-3f));
-    q = Lanes::fmadd(r, q, all(0x1.fffffcp-2f));
-    rest = Lanes::fmadd(r * r, q, r);
+    const Vec value = Lanes::fmadd(r * r, rest_of_exponential<Lanes>(r), r) + 1.0f;
     Bits exponent;
     std::memcpy(&exponent, &shifted, sizeof exponent);
     exponent = (exponent + 127) << 23;  // n + 127; the bits of to_integer fall off the end
+    Vec power;
     std::memcpy(&power, &exponent, sizeof power);
-  }
-};
-
-// e^x within 1 ulp. Below the smallest normal number the result is 0.
-template <class Lanes>
-typename Lanes::Vec exponential(typename Lanes::Vec x) {
-  if constexpr (sizeof(typename Lanes::Real) == sizeof(double)) {
-    for (int i = 0; i < Lanes::width; ++i) x[i] = std::exp(x[i]);
-    return x;
-  } else {
-    const PowerAndRest<Lanes> e(x);
-    return x < -87.33654f ? typename Lanes::Vec{} : (e.rest + 1.0f) * e.power;
+    return x < -87.33654f ? Vec{} : value * power;
   }
 }
 
-// Within 3 ulp, small x included: e^-2|x| - 1 is not made from e^-2|x|.
+// e^x - 1 for |x| <= 700 with an error of 2^-28 of the result, small x included: what is made of it rounds to fp32 once.
 template <class Lanes>
-typename Lanes::Vec hyperbolic_tangent(typename Lanes::Vec x) {
-  using Vec = typename Lanes::Vec;
-  if constexpr (sizeof(typename Lanes::Real) == sizeof(double)) {
-    for (int i = 0; i < Lanes::width; ++i) x[i] = std::tanh(x[i]);
-    return x;
-  } else {
-    const Vec doubled = -2 * (x < 0 ? -x : x), limited = doubled < -40.0f ? Lanes::broadcast(-40.0f) : doubled;
-    const PowerAndRest<Lanes> e(limited);
-    const Vec less_one = Lanes::fmadd(e.power, e.rest, e.power - 1);
-    const Vec magnitude = -less_one / (less_one + 2);
-    return x < 0 ? -magnitude : magnitude;
-  }
+typename Lanes::Wide exponential_less_one(typename Lanes::Wide x) {
+  using Wide = typename Lanes::Wide;
+  typedef int64_t Bits __attribute__((vector_size(sizeof(Wide))));
+  constexpr double to_integer = 0x1.8p52;
+  const Wide shifted = x * 0x1.71547652b82fep0 + to_integer, n = shifted - to_integer, r = x - n * 0x1.62e42fefa39efp-1;
+  const Wide rest = r + r * r * rest_of_exponential<Lanes>(r);
+  const Wide power = (Wide)(((Bits)shifted + 1023) << 52);
+  return power * rest + (power - 1);
 }
 
 }  // namespace
