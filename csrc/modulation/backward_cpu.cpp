@@ -146,7 +146,7 @@ struct Backward {
         const int64_t n = of.chunks.token(place);
         if (in_run == tokens_of_a_run(of.dim) || (in_run && prepared.changes_at(n))) flush(), in_run = 0;
         prepared.at(n);
-        token(n);
+        token(n, of.chunks.token(std::min(place + 1, end - 1)));
         ++in_run;
       }
       flush();
@@ -159,7 +159,7 @@ struct Backward {
       return needed ? row_of(t, n * of.dim) : unused.data();
     }
 
-    void token(int64_t n) {
+    void token(int64_t n, int64_t next) {
       const Kernels<Real>& k = of.kernels;
       const int64_t dim = of.dim;
       const Task& task = of.task;
@@ -170,14 +170,16 @@ struct Backward {
         void* grad_x = or_unused(of.out.x, task.need_x, n);
         const auto* statistics = static_cast<const Real*>(task.statistics->const_data_ptr()) + 2 * n;
         const Real rstd = statistics[1];
-        k.normalize[of.x->dtype](of.x->row(n), statistics[0], rstd, dim, normed.data());
-        const Moments mean = outputs(n);
+        k.normalize[of.x->dtype](of.x->row(n), statistics[0], rstd, dim, normed.data(), of.x->row(next));
+        const Moments mean = outputs(n, next);
         if (alike)
           return k.norm_and_gate_gradient[of.x->dtype](upstream, normed.data(), rstd, mean, of.y->row(n), prepared.gate_row(), dim,
-                                                       grad.data(), grad_x, grad_y, sum_gate.data());
+                                                       grad.data(), grad_x, grad_y, sum_gate.data(),
+                                                       upstream ? of.upstream->row(next) : nullptr, of.y->row(next));
         k.norm_gradient[of.x->dtype](upstream, normed.data(), rstd, mean, dim, grad.data(), grad_x);
       } else if (alike) {
-        return k.gate_gradient[of.y->dtype](upstream, of.y->row(n), prepared.gate_row(), dim, grad_y, sum_gate.data());
+        return k.gate_gradient[of.y->dtype](upstream, of.y->row(n), prepared.gate_row(), dim, grad_y, sum_gate.data(),
+                                              of.upstream->row(next), of.y->row(next));
       } else {
         k.widen[of.upstream->dtype](upstream, dim, grad.data());
       }
@@ -185,7 +187,7 @@ struct Backward {
     }
 
     // The gradient of what comes out of the norm, times weight: in `grad`. Returns its means, alone and times normed.
-    Moments outputs(int64_t n) {
+    Moments outputs(int64_t n, int64_t next) {
       Moments sum{0, 0};
       bool first = true;
       for (int i = 0; i < 2; ++i) {
@@ -193,7 +195,7 @@ struct Backward {
         const Activations& u = *of.of_output[i];
         const auto loop = (first ? of.kernels.output_gradient : of.kernels.second_output_gradient)[u.dtype];
         const Moments m = loop(u.row(n), normed.data(), prepared.factor[i].data(), of.dim, grad.data(), sum_shift[i].data(),
-                               sum_scale[i].data());
+                               sum_scale[i].data(), u.row(next));
         sum = {sum.first + m.first, sum.second + m.second};
         first = false;
       }
@@ -207,11 +209,12 @@ struct Backward {
       const int dtype = of.y->dtype;
       if (!of.task.post) {
         k.widen[dtype](of.y->row(n), of.dim, of_y.data());
-        k.gate_gradient[real_type](grad.data(), of_y.data(), prepared.gate_row(), of.dim, scratch.data(), sum_gate.data());
+        k.gate_gradient[real_type](grad.data(), of_y.data(), prepared.gate_row(), of.dim, scratch.data(), sum_gate.data(),
+                                   grad.data(), of_y.data());
         return k.narrow[dtype](scratch.data(), of.dim, grad_y);
       }
       const auto* statistics = static_cast<const Real*>(of.task.post_statistics->const_data_ptr()) + 2 * n;
-      k.normalize[dtype](of.y->row(n), statistics[0], statistics[1], of.dim, of_y.data());
+      k.normalize[dtype](of.y->row(n), statistics[0], statistics[1], of.dim, of_y.data(), of.y->row(n));
       const Moments m = k.post_gradient(grad.data(), of_y.data(), prepared.gate_row(), of.shared.post_weight.data(), of.dim,
                                         scratch.data(), sum_gate.data());
       const Moments mean{of.task.post_layer ? m.first / of.dim : 0, m.second / of.dim};

@@ -161,17 +161,24 @@ struct Loops {
   }
 
   template <class T>
-  static void normalize(const void* row, Real mean, Real rstd, int64_t dim, Real* normed) {
+  ALWAYS_INLINE static void ask_for(const void* row, int64_t d) {
+    __builtin_prefetch(static_cast<const T*>(row) + d);
+  }
+
+  template <class T>
+  static void normalize(const void* row, Real mean, Real rstd, int64_t dim, Real* normed, const void* next) {
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto) ALWAYS_INLINE {
+      ask_for<T>(next, d);
       store(place, normed + d, (load(place, static_cast<const T*>(row) + d) - mean) * rstd);
     });
   }
 
   template <class T, bool FIRST>
   static Moments output_gradient(const void* upstream, const Real* normed, const Real* factor, int64_t dim, Real* grad,
-                                 Real* sum_shift, Real* sum_scale) {
+                                 Real* sum_shift, Real* sum_scale, const void* next) {
     Vec first[chains] = {}, second[chains] = {};
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto chain) ALWAYS_INLINE {
+      ask_for<T>(next, d);
       const Vec u = load(place, static_cast<const T*>(upstream) + d), n = load(place, normed + d);
       const Vec g = u * load(place, factor + d);
       store(place, grad + d, FIRST ? g : load(place, grad + d) + g);
@@ -208,9 +215,12 @@ struct Loops {
 
   template <class T>
   static void norm_and_gate_gradient(const void* upstream, const Real* normed, Real rstd, Moments mean, const void* y,
-                                     const Real* gate, int64_t dim, const Real* grad, void* grad_x, void* grad_y, Real* sum_gate) {
+                                     const Real* gate, int64_t dim, const Real* grad, void* grad_x, void* grad_y, Real* sum_gate,
+                                     const void* next_upstream, const void* next_y) {
     const auto each = [&](auto has_upstream, auto gated) ALWAYS_INLINE {
       sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto) ALWAYS_INLINE {
+        if constexpr (has_upstream) ask_for<T>(next_upstream, d);
+        ask_for<T>(next_y, d);
         const Vec g = of_norm<T, has_upstream>(place, d, upstream, normed, rstd, mean, grad);
         store(place, static_cast<T*>(grad_x) + d, g);
         store(place, static_cast<T*>(grad_y) + d, gated ? g * load(place, gate + d) : g);
@@ -224,8 +234,11 @@ struct Loops {
   }
 
   template <class T>
-  static void gate_gradient(const void* upstream, const void* y, const Real* gate, int64_t dim, void* grad_y, Real* sum_gate) {
+  static void gate_gradient(const void* upstream, const void* y, const Real* gate, int64_t dim, void* grad_y, Real* sum_gate,
+                            const void* next_upstream, const void* next_y) {
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto) ALWAYS_INLINE {
+      ask_for<T>(next_upstream, d);
+      ask_for<T>(next_y, d);
       const Vec g = load(place, static_cast<const T*>(upstream) + d);
       store(place, static_cast<T*>(grad_y) + d, gate ? g * load(place, gate + d) : g);
       store(place, sum_gate + d, Lanes::fmadd(g, load(place, static_cast<const T*>(y) + d), load(place, sum_gate + d)));
@@ -237,7 +250,7 @@ struct Loops {
     Vec first[chains] = {}, second[chains] = {};
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto chain) ALWAYS_INLINE {
       const Vec u = load(place, upstream + d), n = load(place, normed + d);
-      const Vec g = (gate ? u * load(place, gate + d) : u) * load(place, weight + d);
+      const Vec g = u * (gate ? load(place, gate + d) * load(place, weight + d) : load(place, weight + d));
       store(place, grad + d, g);
       store(place, sum_gate + d, Lanes::fmadd(u, n, load(place, sum_gate + d)));
       first[chain] += g;
