@@ -37,9 +37,14 @@ SUMMED = (*VECTORS, "weight", "bias", "post_weight")
 def configuration(D: int) -> Configuration:
     tiles = tiles_of(D, 2048)
     lanes = lanes_of(tiles)
-    rows = 1 << (min(16, max(1, 1024 // lanes)).bit_length() - 1)
-    num_warps = min(16, max(4, triton.next_power_of_2(triton.cdiv(rows * lanes, 8 * 32))))
+    rows = 1 << (min(32, max(1, 1536 // lanes)).bit_length() - 1)
+    num_warps = min(16, max(4, triton.next_power_of_2(triton.cdiv(rows * lanes, 12 * 32))))
     return Configuration(tiles, rows, num_warps)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
+    return tl.zeros([ROWS, TILE[1]], tl.float64 if WIDE else tl.float32)
 
 
 @triton.jit
@@ -99,8 +104,7 @@ def backward_chunks(
         of_tile = ()
         for q in tl.static_range(len(SLOTS)):
             if SLOTS[q] >= 0:
-                IN_64: tl.constexpr = WIDE_UPDATE if (q == 0 or q == 7) else WIDE
-                of_tile = of_tile + (tl.zeros([ROWS, TILES[i][1]], tl.float64 if IN_64 else tl.float32),)
+                of_tile = of_tile + (zeros(ROWS, TILES[i], WIDE_UPDATE if (q == 0 or q == 7) else WIDE),)
         sums = sums + (of_tile,)
 
     for start in range(begin, end, ROWS):
@@ -146,7 +150,7 @@ def backward_chunks(
         updates = ()
         new_sums = ()
         for i in tl.static_range(len(TILES)):
-            dr = tl.zeros([ROWS, TILES[i][1]], tl.float64 if WIDE else tl.float32)
+            dr = zeros(ROWS, TILES[i], WIDE)
             of_gate, of_shift, of_scale, of_shift_2, of_scale_2 = dr, dr, dr, dr, dr
             of_weight, of_bias, of_post_weight = dr, dr, dr
             if NORM is not None:
@@ -191,9 +195,8 @@ def backward_chunks(
                     update = update * load_parameter(post_weight, 0, D, TILES[i], WIDE_UPDATE)
                 if gate is not None:
                     g = load_vector(gate, gate_at, table, TABLE_ROWS[0], inside, D, TILES[i], WIDE_UPDATE)
-                    g = gate_value(g, GATE_FN, WIDE_UPDATE)
                     of_gate = dr * update * gate_slope(g, GATE_FN)
-                    dy = dy * g
+                    dy = dy * gate_value(g, GATE_FN, WIDE_UPDATE)
                 of_post_weight = dy * normed_y
                 if post_weight is not None:
                     dy = dy * load_parameter(post_weight, 0, D, TILES[i], WIDE_UPDATE)
@@ -262,6 +265,8 @@ def launch(
     like = y if x is None else x
     assert like is not None
     B, T, D = like.shape
+    if inputs["shift_2"] is None and inputs["scale_2"] is None:
+        grad_modulated_2 = None  # of an output that is empty
     of = {"x": x, "y": y, **inputs, "table": table}
     grads = {
         name: like.new_empty(0) if tensor is None or not needs[name] else like.new_empty(tensor.shape, dtype=tensor.dtype)

@@ -55,7 +55,7 @@ def configuration(D: int) -> Configuration:
     """
     tiles = tiles_of(D, 4096)
     lanes = lanes_of(tiles)
-    rows = 1 << (min(16, max(1, 1536 // lanes)).bit_length() - 1)
+    rows = 1 << (min(32, max(1, 1536 // lanes)).bit_length() - 1)
     num_warps = min(16, max(4, triton.next_power_of_2(triton.cdiv(rows * lanes, 16 * 32))))
     return Configuration(tiles, rows, num_warps)
 

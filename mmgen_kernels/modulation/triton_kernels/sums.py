@@ -18,9 +18,11 @@ from torch import Tensor
 from mmgen_kernels.modulation.triton_kernels.tiles import kind_of, narrow
 
 # Partial sums of three vectors are 6 / C activation passes of bf16 written and as much read, beside the six that a backward moves:
-# 6 % at C = 32, half of which stays in L2. Longer segments give enough programs (512 at 32k tokens) with 64, too.
+# 6 % at C = 32, half of which stays in L2. More tokens one after the other would lose digits: the error of an fp32 sum of C grows
+# as sqrt(C / 2), that of a full tree over n as sqrt(log2 n), and partial sums are added in fp64. Hence also the shorter chunks of
+# short segments, 1.26 times the error of a tree at most there and 1.41 times at T = 256.
 CHUNK = 32
-LONG_CHUNK, LONG_SEGMENT = 64, 4096
+SHORT_CHUNK, SHORT_SEGMENT = 16, 128
 
 # What one program of `sum_chunks` adds: chunks x columns. Of long ranges there are few, and the wide tile would leave a
 # multiprocessor to read 512 chunks one after the other.
@@ -46,7 +48,7 @@ def chunks_of(vectors: tuple[Tensor | None, ...], rows: Tensor | None, B: int, T
         return chunks_by_row(rows.reshape(-1), max([len(v) for v in vectors if v is not None and v.dim() == 2], default=1))
     spans = [span_of(v, T) for v in vectors if v is not None and v.dim() > 1]
     segment = math.gcd(*(s for s in spans if s > 1)) or B * T
-    pieces = triton.cdiv(segment, CHUNK if segment < LONG_SEGMENT else LONG_CHUNK)
+    pieces = triton.cdiv(segment, SHORT_CHUNK if segment <= SHORT_SEGMENT else CHUNK)
     length = triton.cdiv(triton.cdiv(segment, pieces), step) * step
     pieces = triton.cdiv(segment, length)
     return Chunks(B * T // segment * pieces, segment, pieces, length)
@@ -87,11 +89,12 @@ class Job(NamedTuple):
 def add_range(partials, out, lo, hi, row, tile, D, SLOT: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr):
     """Row `row` of out: the chunks lo to hi, tile by tile, then a tree in registers."""
     d = tile * TILE[1] + tl.arange(0, TILE[1])
-    total = tl.zeros([TILE[0], TILE[1]], partials.dtype.element_ty)
+    total = tl.zeros([TILE[0], TILE[1]], tl.float64)
     for start in range(lo, hi, TILE[0]):
         chunk = start + tl.arange(0, TILE[0])
         at = (chunk * SLOTS + SLOT) * D
-        total += tl.load(partials + at[:, None] + d[None, :], mask=(chunk < hi)[:, None] & (d < D)[None, :], other=0.0)
+        mask = (chunk < hi)[:, None] & (d < D)[None, :]
+        total += tl.load(partials + at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float64)
     tl.store(out + row * D + d, narrow(tl.sum(total, 0), out), mask=d < D)
 
 
