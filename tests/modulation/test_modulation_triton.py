@@ -52,26 +52,26 @@ def random(*shape, seed, dtype=F32, mean=0.0):
 
 def near_one(D, seed, dtype=F32):
     """As weights are. A product of several normals has a few extremes, and whose rounding is luckier is then a matter of chance."""
-    return (1 + random(D, seed=seed, dtype=F64) / 4).to(dtype)
+    return (1 + random(D, seed=seed, dtype=F64) / 8).to(dtype)
 
 
 def vectors_of(address, B, T, D, dtype, seed=10):
     """gate, shift, scale, shift_2, scale_2, views of one tensor where they are of one kind, and rows."""
     if address == "shared":
-        return (random(5, D, seed=seed, dtype=dtype) / 2).unbind(), None
+        return (random(5, D, seed=seed, dtype=dtype) / 8).unbind(), None
     if address == "sample":
-        return (random(B, 6 * D, seed=seed, dtype=dtype) / 2).chunk(6, 1)[:5], None
+        return (random(B, 6 * D, seed=seed, dtype=dtype) / 8).chunk(6, 1)[:5], None
     if address == "frame":
-        return (random(B, T // 3, 9 * D, seed=seed, dtype=dtype) / 2).chunk(9, 2)[:5], None
+        return (random(B, T // 3, 9 * D, seed=seed, dtype=dtype) / 8).chunk(9, 2)[:5], None
     if address == "token":
-        return (random(B, T, 6 * D, seed=seed, dtype=dtype) / 2).chunk(6, 2)[:5], None
-    one = [random(*shape, seed=seed + i, dtype=dtype) / 2 for i, shape in enumerate(((B, T, D), (B, D), (D,)))]
+        return (random(B, T, 6 * D, seed=seed, dtype=dtype) / 8).chunk(6, 2)[:5], None
+    one = [random(*shape, seed=seed + i, dtype=dtype) / 8 for i, shape in enumerate(((B, T, D), (B, D), (D,)))]
     if address == "mixed":
         return [one[1], one[0], one[2], random(B, T // 3, D, seed=seed + 3, dtype=dtype), random(1, D, seed=seed + 4)], None
     rows = torch.randint(-2, 9, (B, T), generator=torch.Generator().manual_seed(seed))  # some out of range
     rows[rows == 4] = 2  # and a row that no token takes
     counts = (7, 7, 3, 1)
-    tables = [random(R, D, seed=seed + i, dtype=dtype) / 2 for i, R in enumerate(counts)]
+    tables = [random(R, D, seed=seed + i, dtype=dtype) / 8 for i, R in enumerate(counts)]
     return [tables[0], tables[1], tables[2], one[2], tables[3]], rows.int() if address == "row32" else rows
 
 
@@ -103,12 +103,12 @@ def run(
     else:
         inputs["y"] = random(B, T, D, seed=2, dtype=y_dtype)
     if table:
-        inputs["table"] = random(sum(n in VECTORS for n in inputs), D, seed=3) / 2
+        inputs["table"] = random(sum(n in VECTORS for n in inputs), D, seed=3) / 8
     if affine and operator != "gate_residual":
         inputs |= {"weight": near_one(D, seed=4), "bias": random(D, seed=5, dtype=F16)}
     if post_norm:
         inputs["post_weight"] = near_one(D, seed=6)
-    upstream = [random(B, T, D, seed=20 + i) for i in range(3)]
+    upstream = [random(B, T, D, seed=20 + i).sign() * near_one(D, seed=30) for i in range(3)]
 
     def call(given):
         given = {n: t.detach().requires_grad_() for n, t in given.items()}
@@ -151,7 +151,8 @@ def assert_law(**options):
         assert value.dtype == plain[name].dtype and value.shape == plain[name].shape, name
         if value.dtype in (BF16, F16):
             difference = (value.double() - plain[name].double()).abs()
-            assert (difference <= tolerance.ulp(plain[name].double(), value.dtype)).all(), name
+            unit = tolerance.ulp(plain[name].double(), value.dtype) + 1e-6 * plain[name].double().abs().max()
+            assert (difference <= unit).all(), name
             assert (difference > 0).double().mean() <= 0.02, name
         elif value.dtype == F64 and F32 in options["dtypes"][:2]:  # what is computed in fp32 is no better for being stored so
             failed = tolerance.failure(name, value.float(), plain[name].float(), truth[name])[1]
