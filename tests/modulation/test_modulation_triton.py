@@ -388,7 +388,7 @@ def test_nan_stays_in_its_token(process):
 
 def nan_stays():
     for value in (float("nan"), float("inf")):
-        inputs, call = run(dims=(3, 5, 12))
+        inputs, _ = run(dims=(3, 5, 12))
         inputs["x"][1, 2, 3] = value
         with mk.use_backend("triton"):
             residual, modulated = ops.gate_residual_adaln(*(inputs[n] for n in ("x", "y", "gate", "shift", "scale")))
@@ -432,13 +432,14 @@ def test_chunks_keep_to_their_segment():
     from mmgen_kernels.modulation.triton_kernels import sums
 
     for T in (1, 31, 32, 33, 255, 256, 257, 1560, 5000):
-        for vectors, segment in (((torch.empty(3, 1),), T), ((torch.empty(1),), 3 * T), ((torch.empty(3, 1), torch.empty(3, T, 1)), T)):
+        sample, shared, token = torch.empty(3, 1), torch.empty(1), torch.empty(3, T, 1)
+        for vectors, segment in (((sample,), T), ((shared,), 3 * T), ((sample, token), T)):
             for step in (1, 4, 32):
                 chunks = sums.chunks_of(vectors, None, 3, T, step)
                 expected = segment if segment > 1 else 3 * T
                 assert chunks.segment == expected and chunks.length % step == 0
                 assert (chunks.pieces - 1) * chunks.length < expected <= chunks.pieces * chunks.length
-                assert chunks.count == 3 * T // expected * chunks.pieces
+                assert chunks.number == 3 * T // expected * chunks.pieces
         one = sums.chunks_of((torch.empty(1, 1),), None, 1, T, 1)
         many = sums.chunks_of((torch.empty(64, 1),), None, 64, T, 1)
         if T > 1:

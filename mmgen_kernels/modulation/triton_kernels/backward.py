@@ -1,6 +1,9 @@
 """The three operators backward: one launch over chunks of tokens, which writes the gradients of activations and of what each token
 has for itself, and leaves partial sums of the rest; one launch that adds those."""
 
+# mypy: disable-error-code="assignment, var-annotated"
+# (tuples of tiles grow)
+
 from __future__ import annotations
 
 import torch
@@ -35,11 +38,17 @@ SUMMED = (*VECTORS, "weight", "bias", "post_weight")
 
 
 def configuration(D: int) -> Configuration:
+    """Live at once are, of each value, the normalized row, the gradients before and after the scale, and a sum for each of three
+    vectors, beside 40 registers of addresses. 12 values in a thread of 4 warps are 128 registers or some more: 3 or 4 programs to
+    a multiprocessor, 37 kB of reads on the way, more than the 26 kB that 4.3 TB/s times 0.8 us ask of each of 132.
+
+    Never more than 8 warps: with 16 a thread has but 128 registers, and the addresses are in each of them. D = 6144 then spilled
+    with any sum more, and D = 3840 took a multiprocessor for one program; 8 warps hold them in 229 and 128.
+    """
     tiles = tiles_of(D, 2048)
     lanes = lanes_of(tiles)
     rows = 1 << (min(32, max(1, 1536 // lanes)).bit_length() - 1)
-    num_warps = min(16, max(4, triton.next_power_of_2(triton.cdiv(rows * lanes, 12 * 32))))
-    return Configuration(tiles, rows, num_warps)
+    return Configuration(tiles, rows, 4 if rows * lanes <= 12 * 4 * 32 else 8)
 
 
 @triton.jit
@@ -50,20 +59,20 @@ def zeros(ROWS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def norm_tile(
     grad, grad_at, grad_2, grad_2_at, x, x_at, mean, rstd, scale, scale_at, scale_2, scale_2_at, weight, table,
-    SCALE: tl.constexpr, SCALE_2: tl.constexpr, inside, D, TILE: tl.constexpr, WIDE: tl.constexpr, POLICY: tl.constexpr,
+    SCALE: tl.constexpr, SCALE_2: tl.constexpr, inside, D, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of both outputs, the normalized row, and the gradients of what the modulation and what the weight took."""
-    normed = (load_tile(x, x_at, inside, D, TILE, WIDE, POLICY) - mean[:, None]) * rstd[:, None]
+    normed = (load_tile(x, x_at, inside, D, TILE, WIDE) - mean[:, None]) * rstd[:, None]
     dm = tl.zeros_like(normed)
     dm_2 = dm
     dn = dm
     if grad is not None:
-        dm = load_tile(grad, grad_at, inside, D, TILE, WIDE, POLICY)
+        dm = load_tile(grad, grad_at, inside, D, TILE, WIDE)
         dn = dm
         if scale is not None:
             dn = dn * (1.0 + load_vector(scale, scale_at, table, SCALE, inside, D, TILE, WIDE))
     if grad_2 is not None:
-        dm_2 = load_tile(grad_2, grad_2_at, inside, D, TILE, WIDE, POLICY)
+        dm_2 = load_tile(grad_2, grad_2_at, inside, D, TILE, WIDE)
         if scale_2 is not None:
             dn = dn + dm_2 * (1.0 + load_vector(scale_2, scale_2_at, table, SCALE_2, inside, D, TILE, WIDE))
         else:
@@ -84,7 +93,7 @@ def backward_chunks(
     N, T, D, segment, pieces, length,
     GATE_FN: tl.constexpr, POST_NORM: tl.constexpr, NORM: tl.constexpr, KINDS: tl.constexpr, TABLE_ROWS: tl.constexpr,
     SLOTS: tl.constexpr, SLOT_COUNT: tl.constexpr, WIDE_UPDATE: tl.constexpr, WIDE: tl.constexpr,
-    HELD: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One chunk, ROWS tokens at a time. partials (chunks, SLOT_COUNT, D): SLOTS says where the sum of each gradient goes, in the
     order gate, shift, scale, shift_2, scale_2, weight, bias, post_weight, -1 for those not summed. grad_gate to grad_scale_2 are
@@ -104,8 +113,8 @@ def backward_chunks(
         of_tile = ()
         for q in tl.static_range(len(SLOTS)):
             if SLOTS[q] >= 0:
-                of_tile = of_tile + (zeros(ROWS, TILES[i], WIDE_UPDATE if (q == 0 or q == 7) else WIDE),)
-        sums = sums + (of_tile,)
+                of_tile += (zeros(ROWS, TILES[i], WIDE_UPDATE if q == 0 or q == 7 else WIDE),)
+        sums += (of_tile,)
 
     for start in range(begin, end, ROWS):
         at = start + tl.arange(0, ROWS)
@@ -129,12 +138,11 @@ def backward_chunks(
             for i in tl.static_range(len(TILES)):
                 terms = norm_tile(
                     grad, grad_at, grad_2, grad_2_at, x, x_at, mean, rstd, scale, scale_at, scale_2, scale_2_at, weight, table,
-                    TABLE_ROWS[2], TABLE_ROWS[4], inside, D, TILES[i], WIDE, "" if HELD else "evict_last",
+                    TABLE_ROWS[2], TABLE_ROWS[4], inside, D, TILES[i], WIDE,
                 )  # fmt: skip
                 of_g += tl.sum(terms[4], 1)
                 of_product += tl.sum(terms[4] * terms[2], 1)
-                if HELD:
-                    held = held + (terms,)
+                held += (terms,)
             zero = tl.zeros_like(mean)
             of_g = divide(of_g, zero + count)
             of_product = divide(of_product, zero + count)
@@ -154,17 +162,8 @@ def backward_chunks(
             of_gate, of_shift, of_scale, of_shift_2, of_scale_2 = dr, dr, dr, dr, dr
             of_weight, of_bias, of_post_weight = dr, dr, dr
             if NORM is not None:
-                if HELD:
-                    dm, dm_2, normed, dn, g = held[i]
-                else:  # what the first look left in L1: rows and sums together are more than the registers
-                    dm, dm_2, normed, dn, g = norm_tile(
-                        grad, grad_at, grad_2, grad_2_at, x, x_at, mean, rstd, scale, scale_at, scale_2, scale_2_at, weight, table,
-                        TABLE_ROWS[2], TABLE_ROWS[4], inside, D, TILES[i], WIDE, "evict_first",
-                    )  # fmt: skip
-                if NORM == "layer":
-                    dr = g - of_g[:, None]
-                else:
-                    dr = g
+                dm, dm_2, normed, dn, g = held[i]
+                dr = g - of_g[:, None] if NORM == "layer" else g
                 dr = rstd[:, None] * (dr - normed * of_product[:, None])
                 if POST_NORM is not None:
                     d = TILES[i][0] + tl.arange(0, TILES[i][1])
@@ -203,7 +202,7 @@ def backward_chunks(
                 if POST_NORM is not None:
                     of_update += tl.sum(dy, 1)
                     of_post_product += tl.sum(dy * normed_y, 1)
-                    updates = updates + ((dy, normed_y),)
+                    updates += ((dy, normed_y),)
                 elif grad_y is not None:
                     store_tile(grad_y, out, inside, dy, D, TILES[i])
             if grad_gate is not None:
@@ -220,8 +219,8 @@ def backward_chunks(
             of_tile = ()
             for q in tl.static_range(len(SLOTS)):
                 if SLOTS[q] >= 0:
-                    of_tile = of_tile + (sums[i][SLOTS[q]] + found[q],)
-            new_sums = new_sums + (of_tile,)
+                    of_tile += (sums[i][SLOTS[q]] + found[q],)
+            new_sums += (of_tile,)
         sums = new_sums
         if POST_NORM is not None and grad_y is not None:
             zero = tl.zeros_like(post_mean)
@@ -284,16 +283,16 @@ def launch(
     own = {  # of vectors that have an element for each token
         name for name, v, kind in zip(VECTORS, vectors, kinds, strict=True) if kind == "token" or (kind == "sample" and T == 1)
     }
-    summed = [name for name in SUMMED if name in there and name not in own or "table" in there and name in given]
+    summed = [name for name in SUMMED if (name in there and name not in own) or ("table" in there and name in given)]
     slots = tuple(summed.index(name) if name in summed else -1 for name in SUMMED)
     wide, wide_update = is_wide(x), is_wide(x, y) if norm else is_wide(grad_residual, y)
     if norm is None:
         wide = wide_update
     c = configuration(D)
     chunks = chunks_of(vectors, rows, B, T, c.rows)
-    partials = like.new_empty((chunks.count, len(summed), D), dtype=torch.float64 if wide_update else torch.float32)
+    partials = like.new_empty((chunks.number, len(summed), D), dtype=torch.float64 if wide_update else torch.float32)
     with on(like):
-        backward_chunks[(chunks.count,)](
+        backward_chunks[(chunks.number,)](
             *activation(grad_residual), *activation(grad_modulated), *activation(grad_modulated_2), *activation(x), *activation(y),
             dense(statistics), dense(post_statistics), dense(rows), chunks.order, chunks.begins, chunks.ends,
             *(a for name in ("gate", "scale", "scale_2") for a in vector_arguments(inputs[name], T, by_row)),
@@ -302,7 +301,7 @@ def launch(
             B * T, T, D, chunks.segment, chunks.pieces, chunks.length,
             GATE_FN=gate_fn, POST_NORM=post_norm, NORM=norm, KINDS=kinds,
             TABLE_ROWS=tuple(given.index(name) if name in given else 0 for name in VECTORS), SLOTS=slots, SLOT_COUNT=len(summed),
-            WIDE_UPDATE=wide_update, WIDE=wide, HELD=True, **c.constants(), **c.options(),
+            WIDE_UPDATE=wide_update, WIDE=wide, **c.constants(), **c.options(),
         )  # fmt: skip
         wanted = []
         for slot, name in enumerate(summed):

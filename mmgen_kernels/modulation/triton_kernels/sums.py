@@ -31,12 +31,12 @@ LONG_TILE = (64, 64)
 
 
 class Chunks(NamedTuple):
-    count: int  # of chunks; with rows a bound
+    number: int  # of chunks; with rows a bound
     segment: int = 0  # tokens
     pieces: int = 1  # chunks of a segment
     length: int = 0  # tokens of a chunk
     order: Tensor | None = None  # (N,) tokens by row
-    begins: Tensor | None = None  # (count,) of each chunk, in that order
+    begins: Tensor | None = None  # (number,) of each chunk, in that order
     ends: Tensor | None = None
     first: Tensor | None = None  # (R + 1,) the first chunk of each row
     rows: int = 0  # R, the largest of the vectors'
@@ -161,7 +161,7 @@ def sum_partials(
         jobs.append(tuple(Job(slot, vector, by_row, tile)))
         programs = max(programs, count * triton.cdiv(D, tile[1]))
     sum_chunks[(programs, len(jobs))](
-        partials, tuple(out for *_, out in wanted), chunks.first, chunks.count, chunks.rows, D, *counts, *parts,
+        partials, tuple(out for *_, out in wanted), chunks.first, chunks.number, chunks.rows, D, *counts, *parts,
         JOBS=tuple(jobs), SLOTS=slots, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 

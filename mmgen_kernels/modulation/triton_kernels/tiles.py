@@ -150,11 +150,11 @@ def start_of(outer, inner, span, sample, place, row, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, at, inside, D, TILE: tl.constexpr, WIDE: tl.constexpr, POLICY: tl.constexpr = ""):
+def load_tile(pointer, at, inside, D, TILE: tl.constexpr, WIDE: tl.constexpr):
     """(ROWS, width) of rows that start at `at`; 0 outside."""
     d = TILE[0] + tl.arange(0, TILE[1])
     mask = inside[:, None] & (d < D)[None, :]
-    return widen(tl.load(pointer + at[:, None] + d[None, :], mask=mask, other=0.0, eviction_policy=POLICY), WIDE)
+    return widen(tl.load(pointer + at[:, None] + d[None, :], mask=mask, other=0.0), WIDE)
 
 
 @triton.jit
@@ -182,8 +182,8 @@ def load_vector(pointer, at, table, ROW: tl.constexpr, inside, D, TILE: tl.const
 
 @triton.jit
 def tanh(x, WIDE: tl.constexpr):
-    """Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))) near 0, where 1 - 2 e / (1 + e) with e = exp(-2|x|) cancels.
-    Up to 0.6 five terms leave 6e-10 of it, ten less than 1e-20."""
+    """Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))) near 0, where 1 - 2 e / (1 + e) with e = exp(-2|x|)
+    cancels. Up to 0.6 five terms leave 6e-10 of it, ten less than 1e-20."""
     size = tl.abs(x)
     square = tl.minimum(size, 0.6) * tl.minimum(size, 0.6)
     TERMS: tl.constexpr = 10 if WIDE else 5
