@@ -6,6 +6,7 @@ configuration, D, dtype, capability], ...] as JSON.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -66,8 +67,14 @@ class Recorder:
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=kwargs)
         code = machine_code(compiled)
-        code |= {"kernel": self.kernel.__name__, "warps": kwargs["num_warps"]}
+        code |= {"kernel": self.kernel.__name__, "warps": kwargs["num_warps"], "sums": layouts_of_sums(compiled.asm["ttgir"])}
         self.found.append(code)
+
+
+def layouts_of_sums(text):
+    """Of the rows that are added, in turn: how values lie in threads decides the order in which they are added."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", text, re.MULTILINE))
+    return [layouts[name] for name in re.findall(r"\}\) : \(tensor<[0-9x]+xf32, (#\w+)>\) -> tensor<", text)]
 
 
 def facts(operator, configuration, dim, dtype, capability):

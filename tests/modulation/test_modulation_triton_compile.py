@@ -35,7 +35,8 @@ def compiled(requests):
 
 
 def assert_good_code(requests):
-    for request, kernels in compiled(requests):
+    found = list(compiled(requests))
+    for request, kernels in found:
         assert {code["kernel"] for code in kernels} == KERNELS
         for code in kernels:
             where = f"{request}: {code}"
@@ -43,18 +44,17 @@ def assert_good_code(requests):
             assert code["shared"] <= SHARED, where
             assert code["fused"] == 0, where
             assert code["registers"] * 32 * code["warps"] <= 65536, where
+    return {tuple(request): kernels for request, kernels in found}
 
 
 def test_compiles_without_spills():
-    """Each operator and chip once, the widest row, and 1152 = 1024 + 128."""
-    assert_good_code(
-        [
-            ["gate_residual_adaln", "dit", 6144, "float32", 80],
-            ["gate_residual_adaln", "dit", 1152, "bfloat16", 90],
-            ["adaln", "dit", 3072, "bfloat16", 100],
-            ["gate_residual", "dit", 1152, "bfloat16", 80],
-        ]
-    )
+    """Each operator and chip once, the widest row, and 1152 = 1024 + 128. The seam adds its rows in the order of `adaln`, or it
+    would not be bit for bit its two halves."""
+    seam, adaln = ["gate_residual_adaln", "dit", 1152, "bfloat16", 90], ["adaln", "dit", 1152, "bfloat16", 90]
+    others = [["gate_residual_adaln", "dit", 6144, "float32", 80], ["gate_residual", "dit", 3072, "bfloat16", 100]]
+    found = assert_good_code([seam, adaln, *others])
+    sums = found[tuple(seam)][0]["sums"]  # the mean, what its rounding left of it, the variance, each of two tiles
+    assert len(sums) == 6 and sums == found[tuple(adaln)][0]["sums"]
 
 
 @pytest.mark.long
@@ -62,7 +62,10 @@ def test_compiles_without_spills():
 @pytest.mark.parametrize("dim", SIZES)
 def test_every_size_compiles_without_spills(dim, capability):
     operators = ("gate_residual_adaln", "adaln", "gate_residual")
-    assert_good_code([[o, "dit", dim, dtype, capability] for o in operators for dtype in ("bfloat16", "float32")])
+    found = assert_good_code([[o, "dit", dim, dtype, capability] for o in operators for dtype in ("bfloat16", "float32")])
+    for dtype in ("bfloat16", "float32"):
+        seam, adaln = (found[operator, "dit", dim, dtype, capability] for operator in operators[:2])
+        assert seam[0]["sums"] == adaln[0]["sums"] != []
 
 
 @pytest.mark.long
