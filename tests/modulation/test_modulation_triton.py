@@ -212,9 +212,9 @@ def test_gate_residual(process, options):
     process.submit(assert_law, operator="gate_residual", **kept).result()
 
 
-@pytest.mark.parametrize("T", (1, 255, 256, 257))
-def test_lengths(process, T):
-    process.submit(assert_law, dims=(3, T, 200 if T == 1 else 100), table=True).result()
+@pytest.mark.parametrize(("T", "D", "dtype"), ((1, 200, F32), (255, 24, F64), (256, 100, F32), (257, 24, F64)))
+def test_lengths(process, T, D, dtype):
+    process.submit(assert_law, dims=(3, T, D), table=True, dtypes=(dtype,) * 3).result()
 
 
 @pytest.mark.parametrize("D", (1, 3, 130, 1152))
