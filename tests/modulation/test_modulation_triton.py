@@ -7,6 +7,7 @@ import concurrent.futures
 import importlib.util
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -487,6 +488,16 @@ def test_no_look_at_a_value():
         grads = triton_kernels.gate_residual_adaln_backward(x, x, None, x, out[0], out[3], out[4], *shared, "layer", *[True] * 11)
         assert [tuple(g.shape) for g in grads[2:5]] == [(5, 8)] * 3
     patch.undo()
+
+
+def test_nothing_is_specialised_on_counts_of_tokens():
+    from mmgen_kernels.modulation.triton_kernels import backward, forward, sums
+
+    for kernel in (forward.modulate_tokens, backward.backward_chunks, sums.sum_chunks):
+        integers = {p.name for p in kernel.params if p.do_not_specialize}
+        counts = r"N|T|segment|pieces|length|chunks|last_row|\w+_(span|count|parts)"
+        counted = {p.name for p in kernel.params if re.fullmatch(counts, p.name)}
+        assert counted and integers == counted
 
 
 def test_the_reference_takes_what_the_launchers_take():
