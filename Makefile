@@ -50,8 +50,8 @@ bench: $(STAMPS)/probe $(STAMPS)/extra-bench  ## FAMILY=vq: the races of a famil
 bench-micro: $(STAMPS)/probe $(STAMPS)/extra-bench  ## one small measurement per public operator
 	$(PY) -m pytest benchmarks/micro --benchmark-only $(ARGS)
 
-gpu-check: $(STAMPS)/probe $(STAMPS)/extra-test  ## FAMILY=vq OUT=dir: tests, checks and a short race on this machine's GPU, as JSON
-	$(PY) tools/gpu_check.py $(FAMILY) --out $(OUT) $(ARGS)
+gpu-check: $(STAMPS)/probe $(STAMPS)/extra-test  ## FAMILY=vq OUT=dir WHEELS=dir: tests, checks, short races on this GPU, as JSON
+	$(PY) tools/gpu_check.py $(FAMILY) --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 wheel: $(STAMPS)/package $(STAMPS)/extra-test  ## dist/*.whl, tested against the oldest torch and ours (gigabytes, minutes)
 	$(PY) tools/build_wheel.py dist

@@ -39,14 +39,17 @@ if CUDA not in ("auto", "0", "1"):
 COMPILER = os.environ.get("CXX", "c++").split()
 # The oldest torch whose stable ABI we use: one extension serves every newer one.
 MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-# -ffp-contract=off: the exactness contract counts roundings; every FMA is written out.
-FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+# -ffp-contract=off: the exactness contract counts roundings; every FMA is written out. -Wno-psabi: vectors wider than a register
+# are passed within one translation unit only.
+FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall",
+         "-Wno-psabi"]
 # One translation unit per instruction set, so that no header's inline function leaks AVX-512 into the generic path.
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
                 "-Wno-maybe-uninitialized"]
 INSTRUCTION_SET_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512.cpp": AVX512_FLAGS,
+    "_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
     "_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
     "_amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
 }
@@ -185,7 +188,7 @@ class Build(build_ext):
             sys.stderr.write(f"mmgen-kernels: building WITHOUT {ext.name}: {error}\n")
 
     def compile(self, source: str, include_dirs: list[str]) -> str:
-        """The object of a source file; an object newer than the file and all headers, by the same command, is kept."""
+        """The object of a source file; one newer than all that it was made from, by the same command, is kept."""
         target = OBJECTS / (source.replace("/", "_") + ".o")
         extra = next((flags for suffix, flags in INSTRUCTION_SET_FLAGS.items() if source.endswith(suffix)), [])
         if source == "csrc/probe.cpp":
@@ -195,14 +198,14 @@ class Build(build_ext):
         command = [*COMPILER, "-c", "-fPIC", *FLAGS, *extra, *MACROS, *[f"-I{d}" for d in include_dirs], source]
         made_by = f"{' '.join(command)}\n{torch_version(torch_directory())}\n"
         record = target.with_suffix(".txt")
-        inputs = [source, *glob("csrc/**/*.h", recursive=True)]
-        same_command = target.exists() and record.exists() and record.read_text() == made_by
-        if same_command and target.stat().st_mtime > max(os.stat(i).st_mtime for i in inputs):
+        dependencies = target.with_suffix(".d")
+        same_command = target.exists() and dependencies.exists() and record.exists() and record.read_text() == made_by
+        if same_command and target.stat().st_mtime > newest(dependencies):
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.partial")  # an interruption leaves no half-written object
-        sys.stderr.write(run([*command, "-o", str(partial)]))
+        sys.stderr.write(run([*command, "-MMD", "-MF", str(dependencies), "-o", str(partial)]))
         os.replace(partial, target)
         record.write_text(made_by)
         return str(target)
@@ -259,6 +262,12 @@ def run(command: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return done.stderr
+
+
+def newest(dependencies: Path) -> float:
+    """When the last of the files changed that a makefile rule, as compilers write it, names; infinity if one is gone."""
+    names = dependencies.read_text().replace("\\\n", " ").partition(":")[2].split()
+    return max(os.stat(name).st_mtime if os.path.exists(name) else float("inf") for name in names)
 
 
 def short(error: Exception) -> str:

@@ -127,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         quick = {"seconds": min(options.seconds, 1.0), "min_rounds": min(options.rounds, 3), "max_rounds": 10}
         settings = dataclasses.replace(settings, **quick)
-    if device.type == "cuda":
-        settings = dataclasses.replace(settings, quiet_seconds=0.0)  # no threads that spin
+    if device.type == "cuda":  # there no threads spin
+        settings = dataclasses.replace(settings, quiet_seconds=0.0)
+    settings = dataclasses.replace(settings, quiet_seconds=getattr(family, "QUIET_SECONDS", settings.quiet_seconds))
     stamp = machine.stamp(options.family, device, options.threads)
     stamp |= {"settings": dataclasses.asdict(settings), "contestants": entered}
     picked = [

@@ -42,9 +42,9 @@ def _stock(x, codebooks, upstream):
 
 
 def _compiled(x, codebooks, upstream):
-    from benchmarks.peers.compiled import _compile
+    from benchmarks.peers.compiled import compile_static
 
-    return stock_quantizer.step_with(_compile(quantize, x.device), x, codebooks, upstream)
+    return stock_quantizer.step_with(compile_static(quantize, x.device), x, codebooks, upstream)
 
 
 def _ours(x, codebooks, upstream):

@@ -1,6 +1,7 @@
 // The operator implementations that C++ brings. Their schemas are in Python (mmgen_kernels/library.py).
 #include <torch/csrc/stable/library.h>
 
+#include "modulation/modulation.h"
 #include "philox/tensors.h"
 #include "vq/code_entropy.h"
 #include "vq/codebook_training.h"
@@ -22,6 +23,12 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("residual_quantize_backward", TORCH_BOX(&mmgen_kernels::vq::residual_quantize_backward_cpu));
   m.impl("code_entropy", TORCH_BOX(&mmgen_kernels::vq::code_entropy_cpu));
   m.impl("code_entropy_backward", TORCH_BOX(&mmgen_kernels::vq::code_entropy_backward_cpu));
+  m.impl("adaln", TORCH_BOX(&mmgen_kernels::modulation::adaln_cpu));
+  m.impl("adaln_backward", TORCH_BOX(&mmgen_kernels::modulation::adaln_backward_cpu));
+  m.impl("gate_residual", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_cpu));
+  m.impl("gate_residual_backward", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_backward_cpu));
+  m.impl("gate_residual_adaln", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_adaln_cpu));
+  m.impl("gate_residual_adaln_backward", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_adaln_backward_cpu));
   m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cpu));
   m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cpu));
   m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cpu));

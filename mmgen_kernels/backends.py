@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mmgen_kernels.library import NAMESPACE, OPERATORS, Operator
+from mmgen_kernels.library import INLINE, NAMESPACE, OPERATORS, Operator
 
 IMPLEMENTATIONS = ("cuda", "triton", "torch", "cpp", "reference")  # in order of preference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on CPU tensors, for tests
@@ -32,6 +32,12 @@ FAMILIES = ("vq", "modulation", "philox")
 BY_NAME_ONLY = {
     "cuda": 'tested by g++ and compiled by nvcc, not yet on a GPU; use_backend("cuda") asks for it',
     "triton": 'tested by interpreter and compiler, not yet on a GPU; use_backend("triton") asks for it',
+}
+# Under torch.compile, operators that are left to Inductor, which then sees their reference, as nothing that we have beats it there:
+# (operator, device) -> the figure. use_backend undoes it.
+STEPS_ASIDE = {
+    (name, "cuda"): "Inductor fuses the reference; the Triton kernel is not yet measured against it"
+    for name in ("adaln", "gate_residual", "gate_residual_adaln")
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -117,6 +123,8 @@ def choose(operator: Operator, family: str, device: str) -> str:
                 f"use_backend({forced!r}) cannot serve {operator.name}: {'; '.join(reasons)}\n{describe(operator, device)}"
             )
         return forced
+    if torch.compiler.is_compiling() and (operator.name, device) in STEPS_ASIDE:
+        return INLINE
     if device == "cpu" and operator.has_cpp:  # the common case, kept short: this runs on every eager call
         return "cpp"
     for implementation in IMPLEMENTATIONS:
@@ -164,6 +172,8 @@ def describe(operator: Operator, device: str) -> str:
     for implementation in IMPLEMENTATIONS:
         reasons = reasons_against(operator, implementation, device)
         lines.append(f"  {implementation:<10} {'; '.join(reasons) or BY_NAME_ONLY.get(implementation, 'available')}")
+    if (operator.name, device) in STEPS_ASIDE:
+        lines.append(f"  torch.compile is left to itself: {STEPS_ASIDE[operator.name, device]}")
     return "\n".join(lines)
 
 

@@ -263,3 +263,39 @@ def test_a_library_that_does_not_load(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert f"built for torch 2.7.0, you have {torch.__version__}" in done.stdout, done.stderr
+
+
+# -- stepping aside ---------------------------------------------------------------------------------------------------
+
+
+def graphs_of(function, *args):
+    """What Dynamo captured of each graph, as text."""
+    found = []
+
+    def backend(module, inputs):
+        found.append(module.print_readable(print_output=False))
+        return module
+
+    return torch.compile(function, backend=backend, fullgraph=True)(*args), "".join(found)
+
+
+def test_compiled_code_sees_the_reference_of_an_operator_that_steps_aside(monkeypatch):
+    x, shift, scale = torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 8), torch.randn(3, 8)
+    expected, graph = graphs_of(mk.adaln, x, shift, scale)
+    assert "mmgen_kernels.adaln" in graph
+    monkeypatch.setitem(backends.STEPS_ASIDE, ("adaln", "cpu"), "a figure")
+    torch._dynamo.reset()
+    seen, graph = graphs_of(mk.adaln, x, shift, scale)
+    assert "mmgen_kernels" not in graph
+    torch.testing.assert_close(seen, expected)
+    (of_seen,), (of_expected,) = (torch.autograd.grad(out.square().sum(), x) for out in (seen, expected))
+    torch.testing.assert_close(of_seen, of_expected)
+    assert "left to itself: a figure" in mk.backend_report()
+
+
+def test_who_asks_by_name_is_not_stepped_aside_from(monkeypatch):
+    monkeypatch.setitem(backends.STEPS_ASIDE, ("adaln", "cpu"), "a figure")
+    x, shift, scale = torch.randn(3, 5, 8), torch.randn(3, 8), torch.randn(3, 8)
+    with mk.use_backend("cpp"):
+        assert "mmgen_kernels.adaln" in graphs_of(mk.adaln, x, shift, scale)[1]
+    assert mk.adaln(x, shift, scale).shape == x.shape  # nor is eager code

@@ -103,6 +103,75 @@ def test_outputs_are_dense_as_the_fake_says():
     assert operator("reference", torch.randn(2, 3)).is_contiguous()
 
 
+@pytest.fixture(scope="module")
+def shifted():
+    """x + a y, whose gradient of x is that of the sum; and a second output, an empty tensor, that nobody asks for."""
+    registered = set(OPERATORS)
+    operator = define(
+        "test_shifted(Tensor x, Tensor y, float a) -> (Tensor total, Tensor nothing)",
+        reference=lambda x, y, a: (x + a * y, x.new_empty(0)),
+        fake=lambda x, y, a: (x.new_empty(x.shape), x.new_empty(0)),
+        backward="test_shifted_backward(Tensor? grad_total, Tensor? grad_nothing, Tensor y, float a, bool need_grad_y)"
+        " -> Tensor grad_y",
+        backward_reference=lambda grad, nothing, y, a, need: (
+            y.new_zeros(y.shape) if grad is None else a * grad if nothing is None else grad * torch.nan
+        ),
+        backward_fake=lambda grad, nothing, y, a, need: y.new_empty(y.shape),
+        passed_on={"x": "total"},
+    )
+    for name in set(OPERATORS) - registered:
+        del OPERATORS[name]
+    return operator
+
+
+def test_a_gradient_passed_on_is_not_copied(shifted):
+    calls = (
+        lambda x, y: shifted("reference", x, y, 3.0),
+        lambda x, y: torch.ops.mmgen_kernels.test_shifted(x, y, 3.0),
+        torch.compile(lambda x, y: shifted("reference", x, y, 3.0), fullgraph=True, backend="aot_eager"),
+    )
+    for call in calls:
+        x, y, upstream = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+        of_x, of_y = torch.autograd.grad(call(x, y)[0], (x, y), upstream)
+        assert torch.equal(of_x, upstream) and torch.equal(of_y, 3 * upstream)
+        assert of_x.data_ptr() == upstream.data_ptr() or call is calls[2]
+        assert torch.autograd.grad(call(x, y)[0].sum(), x)[0].shape == (2, 3)
+        assert call(x.detach(), y)[0].requires_grad and not call(x.detach(), y.detach())[0].requires_grad
+    weights = torch.randn(2, 3)
+    of_x, of_y = torch.func.grad(lambda a, b: (shifted("reference", a, b, 3.0)[0] * weights).sum(), argnums=(0, 1))(
+        torch.randn(2, 3), torch.randn(2, 3)
+    )
+    assert torch.equal(of_x, weights) and torch.equal(of_y, 3 * weights)
+
+
+def test_an_output_without_gradient_passes_none_on(shifted):
+    x, y = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    _, nothing = shifted("reference", x, y, 3.0)
+    assert torch.autograd.grad(nothing.sum(), x, allow_unused=True) == (None,)
+
+
+def test_the_gradient_of_an_empty_output_is_none_to_the_backward(shifted):
+    x, y = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    total, nothing = shifted("reference", x, y, 3.0)
+    of_y = torch.autograd.grad(total.sum() + nothing.sum(), y)[0]
+    assert torch.equal(of_y, torch.full((2, 3), 3.0))
+
+
+def test_a_gradient_passed_on_names_an_output():
+    with pytest.raises(ValueError, match="'sum' is not in list"):
+        define(
+            "test_bad_d(Tensor x) -> Tensor y",
+            reference=lambda x: x.clone(),
+            fake=torch.empty_like,
+            backward="test_bad_d_backward(Tensor? grad_y) -> ()",
+            backward_reference=lambda grad: (),
+            backward_fake=lambda grad: (),
+            passed_on={"x": "sum"},
+        )
+    for made in ("test_bad_d", "test_bad_d_backward"):
+        OPERATORS.pop(made, None)
+
+
 @pytest.mark.parametrize(
     ("backward", "message"),
     [

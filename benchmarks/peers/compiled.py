@@ -11,7 +11,7 @@ from benchmarks.harness import Contestant
 from benchmarks.peers import stock_quantizer
 
 
-def _compile(function, device):
+def compile_static(function, device):
     # contestants of other shapes came before: without a reset the limit on recompilations would silently mean eager
     torch._dynamo.reset()
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
@@ -23,12 +23,12 @@ def _scores_argmin(x, codebook):
 
 
 def _lookup(x, codebook):
-    compiled = _compile(_scores_argmin, x.device)
+    compiled = compile_static(_scores_argmin, x.device)
     return lambda: compiled(x, codebook)
 
 
 def _step(x, codebook, upstream):
-    return stock_quantizer.step_with(_compile(stock_quantizer.quantize, x.device), x, codebook, upstream)
+    return stock_quantizer.step_with(compile_static(stock_quantizer.quantize, x.device), x, codebook, upstream)
 
 
 nearest_code = Contestant("compile", _lookup, scratch=4.0, compiles=True)

@@ -1,7 +1,9 @@
-"""Lookups for k-means on NVIDIA GPUs: flashlib 0.4 (Apache-2.0; CuTe DSL on Hopper, else Triton) and flash-kmeans 0.3 (Triton).
+"""Lookups for k-means on NVIDIA GPUs, both Apache-2.0: flashlib 0.4 (Triton; CuTe DSL on Hopper) and flash-kmeans 0.3 (Triton).
 
 In fp32 both multiply in TF32, which is not exact; `-fp16` is given inputs that were rounded before the clock starts, as their own
-tables are. Neither has heads on its fast path, nor promises the lowest index on equal distances.
+tables are. flashlib's CuTe kernel takes half precision and one head only, and its module cannot be imported without
+nvidia-cutlass-dsl; where it declines a shape it calls flashlib's Triton kernel, whose time then stands twice. None of them
+promises the lowest index on equal distances.
 """
 
 import torch
@@ -16,12 +18,19 @@ def _batched(x, codebook, dtype):
 
 def _flashlib(dtype):
     def make(x, codebook):
-        from flashlib.primitives.kmeans.cutedsl.assign import cutedsl_assign_euclid
+        from flashlib.primitives.kmeans import euclid_assign_triton
 
         rows, codes = _batched(x, codebook, dtype)
-        return lambda: cutedsl_assign_euclid(rows, codes).long().view(x.shape[:-1])
+        return lambda: euclid_assign_triton(rows, codes).long().view(x.shape[:-1])
 
     return make
+
+
+def _flashlib_cute(x, codebook):
+    from flashlib.primitives.kmeans import cutedsl_assign_euclid
+
+    rows, codes = _batched(x, codebook, torch.float16)
+    return lambda: cutedsl_assign_euclid(rows, codes).long().view(x.shape[:-1])
 
 
 def _flash_kmeans(dtype):
@@ -39,6 +48,7 @@ CUDA = {"devices": ("cuda",)}
 nearest_code = (
     Contestant("flashlib", _flashlib(torch.float32), requires="flashlib", **CUDA),
     Contestant("flashlib-fp16", _flashlib(torch.float16), requires="flashlib", **CUDA),
+    Contestant("flashlib-cute-fp16", _flashlib_cute, requires="cutlass", **CUDA),
     Contestant("flash-kmeans", _flash_kmeans(torch.float32), requires="flash_kmeans", **CUDA),
     Contestant("flash-kmeans-fp16", _flash_kmeans(torch.float16), requires="flash_kmeans", **CUDA),
 )

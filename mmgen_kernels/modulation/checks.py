@@ -25,15 +25,17 @@ def check_floats(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
 
 
-def check_activations(x: Tensor, y: Tensor | None = None) -> None:
+def check_x(x: Tensor) -> None:
     check_floats("x", x)
     if x.dim() < 2 or x.shape[-1] < 1:
         raise ValueError(f"x must be (B, T, D), (N, D) or (B, ..., D) with D >= 1, got shape {tuple(x.shape)}")
-    if y is not None:
-        check_floats("y", y)
-        if y.shape != x.shape:
-            raise ValueError(f"y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
-        check_device("y", y, x)
+
+
+def check_y(y: Tensor, x: Tensor) -> None:
+    check_floats("y", y)
+    if y.shape != x.shape:
+        raise ValueError(f"y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    check_device("y", y, x)
 
 
 def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -92,7 +94,7 @@ def addressed(vectors: dict[str, Tensor | None], tokens: Tensor, x: Tensor, rows
         if vector is not None:
             check_floats(name, vector)
             check_device(name, vector, x)
-            vector = by_row(name, vector, tokens) if rows is not None else by_place(name, vector, tokens)
+            vector = by_row(name, vector, tokens) if rows is not None else by_place(name, vector, tokens, x)
         found.append(vector)
     return found
 
@@ -105,22 +107,31 @@ def by_row(name: str, vector: Tensor, tokens: Tensor) -> Tensor:
     return vector
 
 
-def by_place(name: str, vector: Tensor, tokens: Tensor) -> Tensor:
+def by_place(name: str, vector: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
     B, T, D = tokens.shape
     if vector.dim() == 0 or vector.shape[-1] != D:
         raise ValueError(f"{name} must have D = {D} as its last size, got shape {tuple(vector.shape)}")
-    if vector.dim() > 3:  # (B, F, 1, D), or one of x's own leading shape
-        vector = vector.flatten(1, -2)
     if vector.dim() == 1:
         return vector
+    fits = vector.dim() <= 3 or starts_as(vector, x)
+    if vector.dim() > 3:  # (B, F, 1, D), or one of x's own leading shape
+        vector = vector.flatten(1, -2)
     samples, frames = vector.shape[0], 1 if vector.dim() == 2 else vector.shape[1]
-    if samples in (1, B) and (frames == T or (frames > 0 and T % frames == 0)):
+    if fits and samples in (1, B) and (frames == T or (frames > 0 and T % frames == 0)):
         if samples == B:
             return vector
         return vector.reshape(D) if frames == 1 else vector.expand(B, -1, -1)
     raise ValueError(
         f"{name} must be ({D},), ({B}, {D}) or ({B}, F, {D}) where F divides T = {T}, got shape {tuple(vector.shape)}"
     )
+
+
+def starts_as(vector: Tensor, x: Tensor) -> bool:
+    """Whether flattened it means what its shape says: beside x (B, H, W, D), (B, 1, W, D) is not W spans of H tokens."""
+    sizes = list(vector.shape[1:-1])
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return x.dim() <= 3 or sizes == list(x.shape[1:-1])[: len(sizes)]
 
 
 def check_affine(tokens: Tensor, **parameters: Tensor | None) -> None:
@@ -137,6 +148,8 @@ def check_table(table: Tensor | None, vectors: list[Tensor | None], tokens: Tens
         return
     check_floats("table", table)
     expected = (sum(v is not None for v in vectors), tokens.shape[-1])
+    if expected[0] == 0:
+        raise ValueError("table needs a vector that it is added to, got none")
     if tuple(table.shape) != expected:
         raise ValueError(f"table must have a row for each vector given, {expected}, got shape {tuple(table.shape)}")
     check_device("table", table, tokens)

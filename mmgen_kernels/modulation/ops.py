@@ -14,12 +14,13 @@ from mmgen_kernels.modulation.checks import (
     FAMILY,
     addressed,
     as_tokens,
-    check_activations,
     check_affine,
     check_choice,
     check_eps,
     check_rows,
     check_table,
+    check_x,
+    check_y,
     one_or_two,
     output_dtype,
 )
@@ -71,11 +72,12 @@ def adaln(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes. Values never raise.
 
-    NaN: a NaN or Inf in a token makes that token NaN and no other.
+    NaN: a NaN or Inf in a token makes that token NaN and no other; rms, as arithmetic has it, leaves 0 (and then the shift) of the
+        finite numbers beside an Inf.
 
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, 2022, section 3.2; Perez et al., FiLM, 2017.
     """
-    check_activations(x=x)
+    check_x(x)
     check_choice("norm", norm, NORMS)
     check_eps("eps", eps)
     tokens = as_tokens(x, rows)
@@ -124,7 +126,7 @@ def gate_residual(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes. Values never raise.
 
-    NaN: as arithmetic has it; with post_norm a NaN or Inf in a token of y makes that token NaN.
+    NaN: as arithmetic has it; with post_norm a NaN or Inf in a token of y spoils that token as in `adaln`.
 
     Source: Peebles and Xie 2022, section 3.2 (adaLN-Zero); tanh and post norm: Gao et al., Lumina-T2X, 2024.
     """
@@ -175,7 +177,7 @@ def gate_residual_adaln(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes. Values never raise.
 
-    NaN: a NaN or Inf in a token makes that token's modulated output NaN, and no other.
+    NaN: a NaN or Inf in a token spoils that token's modulated output as in `adaln`, and no other.
 
     Source: Peebles and Xie 2022, section 3.2.
     """
@@ -200,7 +202,8 @@ def gate_residual_adaln(
 def check_update(
     x: Tensor, y: Tensor, gate_fn: str, post_norm: str | None, post_weight: Tensor | None, post_eps: float
 ) -> None:
-    check_activations(x=x, y=y)
+    check_x(x)
+    check_y(y, x)
     check_choice("gate_fn", gate_fn, GATE_FNS)
     check_eps("post_eps", post_eps)
     if post_norm is not None:
@@ -224,7 +227,7 @@ def adaln_fake(x, shift, scale, shift_2, scale_2, weight, bias, table, rows, nor
 
 
 def gate_residual_fake(x, y, gate, post_weight, table, rows, gate_fn, post_norm, post_eps):
-    wide = reference.wide_dtype(x, y)
+    wide = reference.wide_dtype(x)
     return x.new_empty(x.shape), y.new_empty(0, dtype=wide) if post_norm is None else statistics_of(y, wide)
 
 

@@ -3,7 +3,7 @@
 x is (B, T, D). A modulation vector is (D,), (B, D) or (B, F, D) with F a divisor of T, F spans of T / F tokens each; with `rows`
 (B, T) it is (R, D) or (D,). `table` (V, D) holds one row for each vector given, in the order of the arguments.
 
-Everything is computed in fp32, in fp64 for fp64 activations, and rounded once. The norm sees the residual as it is stored.
+Everything is computed in fp32, in fp64 for fp64 x, and rounded once. The norm sees the residual as it is stored.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from torch import Tensor
 
 Vectors = dict[str, Tensor | None]
 
+
+
+def sigmoid_one_minus(gate: Tensor) -> Tensor:
+    """torch.sigmoid on CPU has other bits for the elements behind the last full vector: a sample's would depend on its batch."""
+    return (1 + (gate - 1).exp()).reciprocal()
+
+
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda gate: gate,
     "tanh": torch.tanh,
-    "sigmoid_one_minus": lambda gate: torch.sigmoid(1 - gate),
+    "sigmoid_one_minus": sigmoid_one_minus,
 }
 DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
     "tanh": lambda gate: 1 - gate.tanh().square(),
-    "sigmoid_one_minus": lambda gate: torch.sigmoid(1 - gate) * (torch.sigmoid(1 - gate) - 1),
+    "sigmoid_one_minus": lambda gate: sigmoid_one_minus(gate) * (sigmoid_one_minus(gate) - 1),
 }
 
 
@@ -59,7 +66,7 @@ def gate_residual(
     post_norm: str | None,
     post_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    y, statistics = post_normed(y, post_weight, post_norm, post_eps, wide_dtype(x, y))
+    y, statistics = post_normed(y, post_weight, post_norm, post_eps, wide_dtype(x))
     gate = per_token({"gate": gate}, table, rows, x)["gate"]
     update = y if gate is None else GATES[gate_fn](gate.to(y.dtype)) * y
     return (x.to(y.dtype) + update).to(x.dtype), statistics
@@ -94,14 +101,13 @@ def gate_residual_adaln(
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
-def wide_dtype(*activations: Tensor) -> torch.dtype:
-    """The dtype of the computation: fp64 if any is fp64, else fp32."""
-    return torch.float64 if any(a.dtype == torch.float64 for a in activations) else torch.float32
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the computation."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def widen(*activations: Tensor) -> Tensor:
-    """The first one, in the dtype of the computation."""
-    return activations[0].to(wide_dtype(*activations))
+def widen(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x))
 
 
 def split_table(table: Tensor | None, gate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -135,9 +141,16 @@ def spread(vector: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
-    """x without mean (layer) and with unit variance (or, rms, mean square); statistics (B, T, 2): mean (rms: 0), 1 / deviation."""
-    mean = x.mean(-1, keepdim=True) if norm == "layer" else torch.zeros_like(x[..., :1])
-    centred = x - mean
+    """x without mean (layer) and with unit variance (or, rms, mean square); statistics (B, T, 2): mean (rms: 0), 1 / deviation.
+
+    The mean is taken of the distances to the row's first element, or its rounding error would be that of numbers as large as the
+    mean: a row of equal elements would not be 0 (1000.1 gave 0.12), and one far from 0 less exact than torch's own.
+    """
+    centred = x = x.contiguous()  # the order of torch's sums, and with it their rounding, depends on strides
+    mean = torch.zeros_like(x[..., :1])
+    if norm == "layer":
+        mean = x[..., :1] + (x - x[..., :1]).mean(-1, keepdim=True)
+        centred = x - mean
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd, torch.cat((mean, rstd), -1)
 
@@ -210,9 +223,11 @@ def gate_residual_backward(
 ) -> tuple[Tensor, ...]:
     grad = torch.zeros_like(y) if grad_residual is None else grad_residual
     grad_y, grads = gate_gradients(
-        widen(grad, y), y, post_statistics, gate, post_weight, table, rows, gate_fn, post_norm
+        widen(grad), y, post_statistics, gate, post_weight, table, rows, gate_fn, post_norm
     )
-    gradients = [grad_y.to(y.dtype), collect(grads["gate"], gate, rows), collect(grads["post_weight"], post_weight, rows)]
+    # never the memory of grad_residual, which is the gradient of x
+    gradients: list[Tensor | None] = [grad_y.to(y.dtype, copy=gate is None)]
+    gradients += [collect(grads["gate"], gate, rows), collect(grads["post_weight"], post_weight, rows)]
     return needed([*gradients, of_table(grads, {"gate": gate}, table)], needs, y)
 
 
@@ -246,11 +261,12 @@ def gate_residual_adaln_backward(
     if grad_residual is not None:
         grad = grad + grad_residual.to(grad.dtype)
     grad_y, of_update = gate_gradients(
-        widen(grad, y), y, post_statistics, gate, post_weight, of_gate, rows, gate_fn, post_norm
+        widen(grad), y, post_statistics, gate, post_weight, of_gate, rows, gate_fn, post_norm
     )
     grads |= of_update
     vectors = {"gate": gate, "shift": shift, "scale": scale, "shift_2": shift_2, "scale_2": scale_2}
-    gradients = [grad.to(residual.dtype), grad_y.to(y.dtype)]
+    # never one memory for both
+    gradients: list[Tensor | None] = [grad.to(residual.dtype), grad_y.to(y.dtype, copy=gate is None)]
     shared = {"weight": weight, "bias": bias, "post_weight": post_weight}
     gradients += [collect(grads[name], of, rows) for name, of in (vectors | shared).items()]
     return needed([*gradients, of_table(grads, vectors, table)], needs, residual)
@@ -272,7 +288,7 @@ def norm_gradients(
     grads: Vectors = {}
     grad_n = torch.zeros_like(n)
     for grad, suffix in ((grad_modulated, ""), (grad_modulated_2, "_2")):
-        grad = torch.zeros_like(n) if grad is None else grad.to(n.dtype)
+        grad = torch.zeros_like(n) if grad is None else grad.to(n.dtype).contiguous()
         scale_of = vectors[f"scale{suffix}"]
         grads[f"shift{suffix}"], grads[f"scale{suffix}"] = grad, grad * n
         grad_n = grad_n + modulate(grad, None, scale_of)
@@ -283,7 +299,7 @@ def norm_gradients(
 def gate_gradients(grad, y, statistics, gate, post_weight, table, rows, gate_fn, post_norm) -> tuple[Tensor, Vectors]:
     """Of y, gate and post_weight, for every token, given the gradient of the sum x + g(gate) y."""
     gate = per_token({"gate": gate}, table, rows, grad)["gate"]
-    y = y.to(grad.dtype)
+    y, grad = y.to(grad.dtype), grad.contiguous()
     normed = y if post_norm is None else (y - statistics[..., :1]) * statistics[..., 1:]
     update = affine(normed, post_weight, None)
     grad_update = grad if gate is None else grad * GATES[gate_fn](gate)

@@ -1,3 +1,5 @@
 """Cases of the family."""
 
-CASES: list = []
+from mmgen_kernels.battery.modulation import adaln, gate_residual, seam
+
+CASES = [*adaln.CASES, *gate_residual.CASES, *seam.CASES]

@@ -1,0 +1,92 @@
+// What the inner loops of the family are given and what they do, one table of them per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "simd/instruction_set.h"
+
+namespace mmgen_kernels::modulation {
+
+struct Moments {
+  double first, second;
+};
+
+enum class GateFn { identity, tanh, sigmoid_one_minus };
+
+// Every loop goes over one token's `dim` channels. `Real` rows are scratch in the type that is computed in; `void` rows lie in
+// tensors, and the loop is chosen from an array by their dtype (csrc/floats.h). Sums come back in fp64.
+template <class Real>
+struct Kernels {
+  double (*widen[4])(const void* row, int64_t dim, Real* out);  // returns the sum
+  void (*narrow[4])(const Real* row, int64_t dim, void* out);
+  void (*add)(const Real* row, int64_t dim, Real* out);  // out += row
+
+  // one_plus = 1 + scale, factor = one_plus weight, offset = one_plus bias + shift
+  void (*combine)(const Real* scale, const Real* shift, const Real* weight, const Real* bias, int64_t dim, Real* one_plus,
+                  Real* factor, Real* offset);
+  // gate = g(gate), slope = g'(gate); not for the identity
+  void (*apply_gate)(GateFn function, Real* gate, int64_t dim, Real* slope);
+
+  // `next`: a row that is wanted soon, of so many bytes a channel (of x's and y's dtype in the first two). It is asked for along the
+  // way: the processor's own prefetching stops at the end of every page.
+  // total = residual = x + gate y, rounded to x's dtype; gate may be null. y is of x's dtype, or wide. Returns the sum of total.
+  double (*add_gated[4])(const void* x, const void* y, const Real* gate, int64_t dim, void* residual, Real* total,
+                         const char* next_x, const char* next_y);
+  double (*add_gated_wide[4])(const void* x, const Real* y, const Real* gate, int64_t dim, void* residual, Real* total,
+                              const char* next_x, const char* next_y);
+  // sums of row - about and of its square
+  Moments (*moments)(const Real* row, Real about, int64_t dim, const char* next, int64_t next_bytes);
+  // out = ((row - about) - mean) rstd factor + offset
+  void (*modulate[4])(const Real* row, Real about, Real mean, Real rstd, const Real* factor, const Real* offset, int64_t dim,
+                      void* out, const char* next, int64_t next_bytes);
+
+  // normed = (row - mean) rstd
+  void (*normalize[4])(const void* row, Real mean, Real rstd, int64_t dim, Real* normed);
+  // grad = (or +=) upstream factor; sum_shift += upstream; sum_scale += upstream normed. Sums of upstream factor, and of that
+  // times normed.
+  Moments (*output_gradient[4])(const void* upstream, const Real* normed, const Real* factor, int64_t dim, Real* grad,
+                                Real* sum_shift, Real* sum_scale);
+  Moments (*second_output_gradient[4])(const void* upstream, const Real* normed, const Real* factor, int64_t dim, Real* grad,
+                                       Real* sum_shift, Real* sum_scale);
+  // grad_x = upstream + rstd (grad - mean.first - normed mean.second), also written to `grad`; upstream may be null
+  void (*norm_gradient[4])(const void* upstream, const Real* normed, Real rstd, Moments mean, int64_t dim, Real* grad,
+                           void* grad_x);
+  // the same, and of the gate: grad_y = grad_x gate; sum_gate += grad_x y. y is of x's dtype. gate may be null.
+  void (*norm_and_gate_gradient[4])(const void* upstream, const Real* normed, Real rstd, Moments mean, const void* y,
+                                    const Real* gate, int64_t dim, const Real* grad, void* grad_x, void* grad_y, Real* sum_gate);
+  // grad_y = upstream gate; sum_gate += upstream y; all of one dtype. gate may be null.
+  void (*gate_gradient[4])(const void* upstream, const void* y, const Real* gate, int64_t dim, void* grad_y, Real* sum_gate);
+  // grad = upstream gate weight; sum_gate += upstream normed. Sums of grad, and of grad normed. gate may be null.
+  Moments (*post_gradient)(const Real* upstream, const Real* normed, const Real* gate, const Real* weight, int64_t dim, Real* grad,
+                           Real* sum_gate);
+
+  // sum += a factor + b other; factor may be null for 1, b for 0
+  void (*collect)(const Real* a, const Real* factor, const Real* b, const Real* other, int64_t dim, double* sum);
+};
+
+extern const Kernels<double> fp64_kernels;
+extern const Kernels<float> scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels<float> avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+#endif
+
+template <class Real>
+const Kernels<Real>& kernels_of(InstructionSet set);
+
+template <>
+inline const Kernels<double>& kernels_of<double>(InstructionSet) {
+  return fp64_kernels;
+}
+template <>
+inline const Kernels<float>& kernels_of<float>(InstructionSet set) {
+#if defined(__x86_64__)
+  // AVX512-BF16 comes with AMX, and on some processors without it; who asks for another set by name gets that
+  const bool rounds_to_bf16 = set == InstructionSet::amx || (set >= InstructionSet::avx512 && !selected_by_name());
+  if (rounds_to_bf16 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16_kernels;
+  if (set >= InstructionSet::avx512) return avx512_kernels;  // and what goes beyond it
+  if (set == InstructionSet::avx2) return avx2_kernels;
+#endif
+  return scalar_kernels;
+}
+
+}  // namespace mmgen_kernels::modulation
