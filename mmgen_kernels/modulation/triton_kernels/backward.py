@@ -92,7 +92,7 @@ def backward_chunks(
     grad_gate, grad_shift, grad_scale, grad_shift_2, grad_scale_2, partials,
     N, T, D, segment, pieces, length,
     GATE_FN: tl.constexpr, POST_NORM: tl.constexpr, NORM: tl.constexpr, KINDS: tl.constexpr, TABLE_ROWS: tl.constexpr,
-    SLOTS: tl.constexpr, SLOT_COUNT: tl.constexpr, WIDE_UPDATE: tl.constexpr, WIDE: tl.constexpr,
+    SLOTS: tl.constexpr, SLOT_COUNT: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One chunk, ROWS tokens at a time. partials (chunks, SLOT_COUNT, D): SLOTS says where the sum of each gradient goes, in the
@@ -113,7 +113,7 @@ def backward_chunks(
         of_tile = ()
         for q in tl.static_range(len(SLOTS)):
             if SLOTS[q] >= 0:
-                of_tile += (zeros(ROWS, TILES[i], WIDE_UPDATE if q == 0 or q == 7 else WIDE),)
+                of_tile += (zeros(ROWS, TILES[i], WIDE),)
         sums += (of_tile,)
 
     for start in range(begin, end, ROWS):
@@ -176,29 +176,25 @@ def backward_chunks(
                 of_shift, of_scale, of_shift_2, of_scale_2 = dm, dm * n, dm_2, dm_2 * n
                 of_weight, of_bias = dn * normed, dn
             if grad_residual is not None:
-                if NORM is not None:
-                    dr = dr + load_tile(grad_residual, grad_residual_at, inside, D, TILES[i], WIDE)
-                else:
-                    dr = load_tile(grad_residual, grad_residual_at, inside, D, TILES[i], WIDE_UPDATE)
+                of_residual = load_tile(grad_residual, grad_residual_at, inside, D, TILES[i], WIDE)
+                dr = of_residual if NORM is None else dr + of_residual
             if grad_x is not None:
                 store_tile(grad_x, out, inside, dr, D, TILES[i])
             if y is not None:
-                if WIDE_UPDATE:
-                    dr = dr.to(tl.float64)
-                normed_y = load_tile(y, y_at, inside, D, TILES[i], WIDE_UPDATE)
+                normed_y = load_tile(y, y_at, inside, D, TILES[i], WIDE)
                 if POST_NORM is not None:
                     normed_y = (normed_y - post_mean[:, None]) * post_rstd[:, None]
                 update = normed_y
                 dy = dr
                 if post_weight is not None:
-                    update = update * load_parameter(post_weight, 0, D, TILES[i], WIDE_UPDATE)
+                    update = update * load_parameter(post_weight, 0, D, TILES[i], WIDE)
                 if gate is not None:
-                    g = load_vector(gate, gate_at, table, TABLE_ROWS[0], inside, D, TILES[i], WIDE_UPDATE)
+                    g = load_vector(gate, gate_at, table, TABLE_ROWS[0], inside, D, TILES[i], WIDE)
                     of_gate = dr * update * gate_slope(g, GATE_FN)
-                    dy = dy * gate_value(g, GATE_FN, WIDE_UPDATE)
+                    dy = dy * gate_value(g, GATE_FN, WIDE)
                 of_post_weight = dy * normed_y
                 if post_weight is not None:
-                    dy = dy * load_parameter(post_weight, 0, D, TILES[i], WIDE_UPDATE)
+                    dy = dy * load_parameter(post_weight, 0, D, TILES[i], WIDE)
                 if POST_NORM is not None:
                     of_update += tl.sum(dy, 1)
                     of_post_product += tl.sum(dy * normed_y, 1)
@@ -285,12 +281,10 @@ def launch(
     }
     summed = [name for name in SUMMED if (name in there and name not in own) or ("table" in there and name in given)]
     slots = tuple(summed.index(name) if name in summed else -1 for name in SUMMED)
-    wide, wide_update = is_wide(x), is_wide(x, y) if norm else is_wide(grad_residual, y)
-    if norm is None:
-        wide = wide_update
+    wide = is_wide(grad_residual if x is None else x)
     c = configuration(D)
     chunks = chunks_of(vectors, rows, B, T, c.rows)
-    partials = like.new_empty((chunks.number, len(summed), D), dtype=torch.float64 if wide_update else torch.float32)
+    partials = like.new_empty((chunks.number, len(summed), D), dtype=torch.float64 if wide else torch.float32)
     with on(like):
         backward_chunks[(chunks.number,)](
             *activation(grad_residual), *activation(grad_modulated), *activation(grad_modulated_2), *activation(x), *activation(y),
@@ -301,7 +295,7 @@ def launch(
             B * T, T, D, chunks.segment, chunks.pieces, chunks.length,
             GATE_FN=gate_fn, POST_NORM=post_norm, NORM=norm, KINDS=kinds,
             TABLE_ROWS=tuple(given.index(name) if name in given else 0 for name in VECTORS), SLOTS=slots, SLOT_COUNT=len(summed),
-            WIDE_UPDATE=wide_update, WIDE=wide, **c.constants(), **c.options(),
+            WIDE=wide, **c.constants(), **c.options(),
         )  # fmt: skip
         wanted = []
         for slot, name in enumerate(summed):

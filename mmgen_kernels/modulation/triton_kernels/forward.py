@@ -108,7 +108,7 @@ def modulate_tokens(
     weight, bias, post_weight, table, residual, modulated, modulated_2, statistics, post_statistics,
     N, T, D, post_eps_high, post_eps_low, eps_high, eps_low,
     GATE_FN: tl.constexpr, POST_NORM: tl.constexpr, NORM: tl.constexpr, KINDS: tl.constexpr,
-    WIDE_UPDATE: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens. residual = x + g(gate) p(y) where y is given, then, where NORM is, the modulated outputs of it, or of x."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -128,7 +128,7 @@ def modulate_tokens(
         y_at = sample.to(tl.int64) * y_b + place.to(tl.int64) * y_t
         updates = ()
         for i in tl.static_range(len(TILES)):
-            updates += (load_tile(y, y_at, inside, D, TILES[i], WIDE_UPDATE),)
+            updates += (load_tile(y, y_at, inside, D, TILES[i], WIDE),)
         if POST_NORM is not None:
             updates, mean, rstd = normalize(updates, D, post_eps_high, post_eps_low, POST_NORM, TILES)
             tl.store(post_statistics + token * 2, mean, mask=inside)
@@ -137,11 +137,11 @@ def modulate_tokens(
         for i in tl.static_range(len(TILES)):
             update = updates[i]
             if post_weight is not None:
-                update = update * load_parameter(post_weight, 0, D, TILES[i], WIDE_UPDATE)
+                update = update * load_parameter(post_weight, 0, D, TILES[i], WIDE)
             if gate is not None:
-                g = load_vector(gate, gate_at, table, 0, inside, D, TILES[i], WIDE_UPDATE)
-                update = gate_value(g, GATE_FN, WIDE_UPDATE) * update
-            total = load_tile(x, x_at, inside, D, TILES[i], WIDE_UPDATE) + update
+                g = load_vector(gate, gate_at, table, 0, inside, D, TILES[i], WIDE)
+                update = gate_value(g, GATE_FN, WIDE) * update
+            total = load_tile(x, x_at, inside, D, TILES[i], WIDE) + update
             store_tile(residual, out, inside, total, D, TILES[i])
             if NORM is not None:
                 values += (widen(narrow(total, residual), WIDE),)  # the norm sees the residual as it is stored
@@ -199,7 +199,7 @@ def launch(
 ) -> tuple[Tensor, ...]:
     """residual, modulated, modulated_2, statistics, post_statistics. vectors: gate, shift, scale, shift_2, scale_2."""
     B, T, D = x.shape
-    wide_update, wide = is_wide(x, y), is_wide(x)
+    wide = is_wide(x)
     two = vectors[3] is not None or vectors[4] is not None
 
     def result(there: bool, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -208,7 +208,7 @@ def launch(
     residual = result(y is not None, B, T, D, dtype=x.dtype)
     modulated, modulated_2 = result(norm is not None, B, T, D, dtype=dtype), result(two, B, T, D, dtype=dtype)
     statistics = result(norm is not None, B, T, 2, dtype=torch.float64 if wide else torch.float32)
-    post_statistics = result(post_norm is not None, B, T, 2, dtype=torch.float64 if wide_update else torch.float32)
+    post_statistics = result(post_norm is not None, B, T, 2, dtype=torch.float64 if wide else torch.float32)
     if B * T > 0:
         c = configuration(D)
         by_row = rows is not None
@@ -218,7 +218,7 @@ def launch(
                 dense(weight), dense(bias), dense(post_weight), dense(table), residual, modulated, modulated_2 if two else None,
                 statistics, post_statistics, B * T, T, D, *two_floats(post_eps), *two_floats(eps),
                 GATE_FN=gate_fn, POST_NORM=post_norm, NORM=norm, KINDS=tuple(kind_of(v, T, by_row) for v in vectors),
-                WIDE_UPDATE=wide_update, WIDE=wide, **c.constants(), **c.options(),
+                WIDE=wide, **c.constants(), **c.options(),
             )  # fmt: skip
     return residual, modulated, modulated_2, statistics, post_statistics
 

@@ -84,9 +84,9 @@ def vector_arguments(vector: Tensor | None, T: int, by_row: bool) -> tuple[Tenso
     return vector, vector.stride(0), vector.stride(1), max(1, T // max(1, vector.shape[1]))
 
 
-def is_wide(*tensors: Tensor | None) -> bool:
+def is_wide(x: Tensor | None) -> bool:
     """Whether the computation is in fp64."""
-    return any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return x is not None and x.dtype == torch.float64
 
 
 def dense(parameter: Tensor | None) -> Tensor | None:
