@@ -80,7 +80,10 @@ def code_of(function, types, constants, options, capability, divisible=frozenset
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*") or name in divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return machine_code(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+
+
+def machine_code(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
