@@ -66,8 +66,7 @@ def levels_facts(capability, dim, metric):
     types = {name: argument_type(name, constants) for name in function.arg_names}
     if c.descriptors:
         types["codes"] = f"tensordesc<fp16[{c.block_k},{c.block_d}]>"
-    options = c.options() | {"enable_fp_fusion": False}
-    return code_of(function, types, constants, options, capability, {"D"} if dim % 16 == 0 else set())
+    return code_of(function, types, constants, residual.levels_options(c), capability, {"D"} if dim % 16 == 0 else set())
 
 
 def lookup_facts(kernel, capability, dim, metric):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -117,6 +118,12 @@ def levels_configuration(D: int, capability: tuple[int, int]) -> Configuration:
     return Configuration(d_pad, d_pad, 64, 64, 8, 2, capability >= (9, 0))
 
 
+def levels_options(c: Configuration) -> dict[str, Any]:
+    """Without a limit of its own ptxas keeps to 128 registers for narrow rows on sm_80, and spills 30 times."""
+    limit = {"maxnreg": 240} if c.d_pad <= 32 else {}
+    return {**c.options(), "enable_fp_fusion": False, **limit}
+
+
 def all_levels(
     rows: Tensor, codebooks: Tensor, taken: Tensor | None, depth: int, metric: str, total: Tensor, indices: Tensor
 ) -> Tensor:
@@ -145,7 +152,7 @@ def all_levels(
         rows, taken, books, packed.mean, facts, packed.tiles_of(c), packed.half_squares, residuals, total, indices, partial,
         N, K, packed.k_pad, D, L, min(depth, L), packed.tiles, blocks, 0 if shared else 1,
         METRIC=metric, HAS_TAKEN=taken is not None, DESCRIPTORS=packed.by_descriptor(c),
-        D_PAD=c.d_pad, BLOCK_N=c.block_n, BLOCK_K=c.block_k, **{**c.options(), "enable_fp_fusion": False},
+        D_PAD=c.d_pad, BLOCK_N=c.block_n, BLOCK_K=c.block_k, **levels_options(c),
     )  # fmt: skip
     mean_squares[L,](partial, means, blocks, D, **LAUNCH)
     return means
