@@ -91,8 +91,8 @@ def mean_squares(partial, means, blocks, D):
 
 MAX_ROW = 128  # components: while 64 rows of 256 are packed, in fp64, the kernel spills (54 times for sm_90, Triton 3.9)
 ALIGNED = 16  # of which wider rows are a multiple: else a thread takes one number at a time and holds marks of 32 rows, not 8
-# Codes times components. Without splitting a codebook, 64 rows are multiplied with it by one multiprocessor: 2^26 multiplications,
-# 23 us at 60 % of 1/132 of 790 TFLOP/s, about what the nine launches that a level otherwise takes cost the host.
+# Codes times components. Without splitting a codebook, 64 rows are multiplied with it by one multiprocessor: 2^26 operations, 19 us
+# at 60 % of a 132nd of 790 TFLOP/s, about what the eight launches that a level otherwise takes cost the host. Not measured.
 MAX_CODEBOOK = 2**19
 
 
