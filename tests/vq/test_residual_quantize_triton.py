@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from test_triton import SHARED, compiled
+from test_triton import MATRIX, SHARED, compiled
 from triton_interpreter import Interpreter, residual_with_gradients
 
 import mmgen_kernels as mk
@@ -14,7 +14,7 @@ from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.vq import ops
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-NAMES = ("quantized", "indices", "loss", "counts", "sums", "grad_x", "grad_codebooks")
+NAMES = ("quantized", "indices", "loss", "grad_x", "grad_codebooks", "counts", "sums")
 FP32 = (torch.float32, torch.float32)
 
 
@@ -25,16 +25,21 @@ def interpreter():
     interpreter.close()
 
 
-def assert_same(interpreter, x, codebooks, **options):
-    """To the bit, but for the loss, which the reference adds in another order."""
+def one_nan(values):
+    """Every NaN as the same bits: the sign of inf - inf is the processor's."""
+    return torch.where(values.isnan(), torch.nan, values) if values.is_floating_point() else values
+
+
+def assert_same(interpreter, x, codebooks, any_nan=False, **options):
+    """To the bit, but for the loss, which the reference adds in another order; with any_nan but for the bits of NaN."""
     found = interpreter.residual_quantize(x, codebooks, **options)
     expected = residual_with_gradients("reference", x.clone(), codebooks.clone(), **options)
-    for name, a, b in zip(NAMES, found, expected, strict=True):
+    for name, a, b in zip(NAMES[: len(expected)], found, expected, strict=True):
         if name == "loss":
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=1e-13 if a.dtype == torch.float64 else 3e-7, atol=0, equal_nan=True)
         else:
-            assert same_bits(a, b), name
+            assert same_bits(one_nan(a), one_nan(b)) if any_nan else same_bits(a, b), name
 
 
 @pytest.mark.parametrize("gradient", ops.GRADIENTS)
@@ -123,6 +128,100 @@ def test_opcheck(interpreter, statistics):
     interpreter.opcheck(x, codebooks.flatten(0, 1), [3, 7], None, *rest, operator="residual_quantize")
 
 
+# -- all levels in one launch: without statistics nothing is done level by level ---------------------------------------
+
+
+def assert_same_in_one_launch(interpreter, x, codebooks, **options):
+    assert_same(interpreter, x, codebooks, statistics=False, **options)
+
+
+def test_what_one_launch_serves():
+    from mmgen_kernels.vq.triton_kernels.residual import in_one_launch  # Triton may be missing
+
+    fp32 = torch.float32
+    assert in_one_launch(128, 1024, 32, [], fp32) and in_one_launch(8, 1024, 9, [1024] * 9, fp32)
+    refused = (
+        (128, 1024, 32, [], torch.float64),
+        (256, 1024, 4, [], fp32),
+        (72, 64, 4, [], fp32),
+        (128, 8192, 4, [], fp32),
+        (8, 32768, 4, [], fp32),
+        (8, 5, 3, [5, 6, 5], fp32),
+        (8, 5, 65_536, [], fp32),
+    )
+    assert not any(in_one_launch(*case) for case in refused)
+
+
+@pytest.mark.parametrize("metric", ops.METRICS)
+@pytest.mark.parametrize("name", ("near_ties", "fourfold", "grid", "mixed_codes"))
+def test_one_launch(interpreter, name, metric):
+    assert_same_in_one_launch(interpreter, *gaussian(3, 69, 3, FP32, name, levels=2), metric=metric)
+
+
+def test_one_launch_of_more_rows_than_a_block(interpreter):
+    assert_same_in_one_launch(interpreter, *gaussian(67, 69, 5, FP32, levels=2))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda p: "-".join(str(d)[6:] for d in p))
+def test_one_launch_in_other_dtypes(interpreter, dtypes):
+    assert_same_in_one_launch(interpreter, *gaussian(5, 70, 8, dtypes, levels=2))
+
+
+@pytest.mark.parametrize("sizes", ((3, 130, 16), (3, 70, 48), (1, 1, 1), (65, 2, 3)), ids=str)
+def test_one_launch_of_other_sizes(interpreter, sizes):
+    assert_same_in_one_launch(interpreter, *gaussian(*sizes, FP32, levels=3))
+
+
+def test_one_launch_with_equal_codes(interpreter):
+    """Two rows apart, more codes than are evaluated beside one another, and two in the same place of different tiles."""
+    x, codebooks = gaussian(5, 150, 4, FP32, levels=2)
+    codebooks[0, 9] = codebooks[0, 3] = x[0]
+    codebooks[0, 20:40] = x[1]
+    codebooks[0, 65] = codebooks[0, 129] = x[2]
+    assert_same_in_one_launch(interpreter, x, codebooks)
+    found = interpreter.residual_quantize(x, codebooks, statistics=False)[1]
+    assert found[:3, 0].tolist() == [3, 20, 65]
+
+
+def test_one_launch_with_a_level_of_zeros(interpreter):
+    x, codebooks = gaussian(3, 70, 4, FP32, levels=3)
+    codebooks[1] = 0
+    assert_same_in_one_launch(interpreter, x, codebooks)
+
+
+@pytest.mark.parametrize("metric", ops.METRICS)
+def test_one_launch_with_what_is_not_finite(interpreter, metric):
+    x, codebooks = gaussian(6, 70, 4, FP32, levels=3)
+    x[1, 2], x[2, 0], x[3, 1] = torch.nan, torch.inf, -torch.inf
+    codebooks[1, 5, 0], codebooks[2, 66, 1] = torch.nan, torch.inf
+    assert_same_in_one_launch(interpreter, x, codebooks, metric=metric, any_nan=True)
+    codebooks[1] = torch.inf
+    assert_same_in_one_launch(interpreter, x, codebooks, metric=metric, any_nan=True)
+
+
+@pytest.mark.parametrize("exponents", ((-100, 20), (100, -20), (-60, -60), (120, 0)), ids=str)
+def test_one_launch_of_rows_and_codes_far_apart(interpreter, exponents):
+    x, codebooks = gaussian(4, 70, 4, FP32, levels=2)
+    assert_same_in_one_launch(interpreter, x * 2.0 ** exponents[0], codebooks * 2.0 ** exponents[1])
+
+
+def test_one_launch_with_levels_mask_and_strides(interpreter):
+    x, codebooks = gaussian(72, 9, 5, FP32, levels=3)
+    x, mask = x.view(4, 18, 5), rand(4, 18, seed=3) < 0.7
+    assert_same_in_one_launch(interpreter, x, codebooks, levels=torch.tensor([2, 9, -1, 1]), mask=mask)
+    assert_same_in_one_launch(interpreter, x, codebooks, levels=0)
+    assert_same_in_one_launch(interpreter, x, codebooks, levels=2)
+    assert_same_in_one_launch(interpreter, torch.where(mask[..., None], x, torch.nan), codebooks, mask=mask)
+    strided = x.view(2, 36, 5).transpose(0, 1)[..., 1:]
+    assert_same_in_one_launch(interpreter, strided, codebooks.transpose(1, 2).contiguous().transpose(1, 2)[..., 1:])
+
+
+def test_one_launch_of_a_shared_codebook_and_of_equal_sizes(interpreter):
+    x, codebooks = gaussian(5, 6, 5, FP32, levels=3)
+    assert_same_in_one_launch(interpreter, x, codebooks[0], shared=3)
+    assert_same_in_one_launch(interpreter, x, codebooks.flatten(0, 1), sizes=[6, 6, 6])
+
+
 def test_the_device_rule():
     with mk.use_backend("triton"), pytest.raises(RuntimeError, match="runs on cuda tensors, not on cpu"):
         mk.residual_quantize(torch.ones(2, 3), torch.ones(2, 4, 3))
@@ -182,13 +281,17 @@ def assert_good_code(requests):
         assert code["stack"] == 0 and code["spills"] == 0, where
         assert code["shared"] <= SHARED[request[1]], where
         assert code["fused"] == 0 and not code["block_pointers"], where
+        if request[0] == "residual_levels":
+            assert MATRIX[request[1]] in code["instructions"], where
 
 
 def test_compiles_without_spills():
-    assert_good_code([["advance", 90, 128, ""], ["mean_squares", 90, 128, ""]])
+    others = [["advance", 90, 128, ""], ["mean_squares", 90, 128, ""], ["summarise_levels", 90, 128, ""]]
+    assert_good_code([*others, *(["residual_levels", capability, 128, "l2"] for capability in SHARED)])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_configuration_compiles_without_spills(capability):
-    assert_good_code([["advance", capability, dim, which] for dim in (8, 32, 128) for which in ("", "first")])
+    advance = [["advance", capability, dim, which] for dim in (8, 32, 128) for which in ("", "first")]
+    assert_good_code([*advance, *(["residual_levels", capability, dim, m] for dim in (8, 64, 128) for m in ops.METRICS)])

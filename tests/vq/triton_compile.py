@@ -15,16 +15,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmgen_kernels.vq.triton_kernels import codebook, entropy, entropy_sweeps, prepare, residual, search
+from mmgen_kernels.vq.triton_kernels import codebook, entropy, entropy_sweeps, prepare, residual, residual_levels, search
 from mmgen_kernels.vq.triton_kernels.nearest_code import PREPARING, SETTLING, configuration
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 FP16 = ("rows", "codes", "packed")
 FP32 = ("x", "codebook", "half_squares", "ratios", "minima", "out", "cluster_size", "code_sum",
-              "residual", "total")
-INT64 = ("index", "indices", "order", "slots", "starts", "counts")
+              "residual", "total", "residuals")
+INT64 = ("index", "taken", "indices", "order", "slots", "starts", "counts")
 OTHER = {"mask": "*u8"} | dict.fromkeys(INT64, "*i64") | dict.fromkeys(("decay_high", "decay_low", "eps_high", "eps_low"), "fp32")
 INT32 = ("parts", "chunks", "codes_per_chunk", "tiles", "tiles_per_chunk", "chunks_per_split", "level", "blocks")
+INT32 += ("depth", "book_step")
 
 
 def argument_type(name, constants):
@@ -38,6 +39,8 @@ def argument_type(name, constants):
 
 
 def facts(kernel, capability, dim, metric):
+    if kernel == "residual_levels":
+        return levels_facts(capability, dim, metric)
     return (entropy_facts if hasattr(entropy_sweeps, kernel) else lookup_facts)(kernel, capability, dim, metric)
 
 
@@ -52,9 +55,23 @@ def entropy_facts(kernel, capability, dim, _):
     return code_of(function, types, constants, c.options(), capability, {"D"} if dim % 16 == 0 else set())
 
 
+def levels_facts(capability, dim, metric):
+    """D divisible by 16 as the launcher has it for wide rows; `taken` where the metric is l2."""
+    c = residual.levels_configuration(dim, divmod(capability, 10))
+    function = residual_levels.residual_levels
+    constants = {"METRIC": metric, "HAS_TAKEN": metric == "l2", "DESCRIPTORS": c.descriptors}
+    constants |= {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k}
+    if metric != "l2":
+        constants["taken"] = None
+    types = {name: argument_type(name, constants) for name in function.arg_names}
+    if c.descriptors:
+        types["codes"] = f"tensordesc<fp16[{c.block_k},{c.block_d}]>"
+    return code_of(function, types, constants, residual.levels_options(c), capability, {"D"} if dim % 16 == 0 else set())
+
+
 def lookup_facts(kernel, capability, dim, metric):
     c = configuration(dim, divmod(capability, 10))
-    module = next(m for m in (search, prepare, codebook, residual) if hasattr(m, kernel))
+    module = next(m for m in (search, prepare, codebook, residual, residual_levels) if hasattr(m, kernel))
     function = getattr(module, kernel)
     values = {"D_PAD": c.d_pad, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "DESCRIPTORS": c.descriptors}
     values |= {"METRIC": metric, "HAS_MASK": metric == "l2", "WIDE": False}
@@ -68,7 +85,7 @@ def lookup_facts(kernel, capability, dim, metric):
     if kernel == "sweep" and c.descriptors:
         types["codes"] = f"tensordesc<fp16[{c.block_k},{c.block_d}]>"
     options = {"sweep": c.options(), "settle": SETTLING}.get(kernel, PREPARING)
-    options = {codebook: codebook.OPTIONS, residual: residual.LAUNCH}.get(module, options)
+    options = {codebook: codebook.OPTIONS, residual: residual.LAUNCH, residual_levels: residual.LAUNCH}.get(module, options)
     return code_of(function, types, constants, options, capability)
 
 

@@ -120,15 +120,15 @@ def quantize_residual_in_process(request):
     return answer.getvalue()
 
 
-def residual_with_gradients(implementation, x, codebooks, sizes=None, shared=None, **options):
+def residual_with_gradients(implementation, x, codebooks, sizes=None, shared=None, statistics=True, **options):
     """codebooks are split into `sizes`, or expanded over `shared` levels, after the gradient has found them."""
     x, codebooks = x.requires_grad_(), codebooks.requires_grad_()
     given = codebooks.split(sizes) if sizes else codebooks.expand(shared, *codebooks.shape) if shared else codebooks
     with mk.use_backend(implementation):
-        out = mk.residual_quantize(x, given, statistics=True, **options)
+        out = mk.residual_quantize(x, given, statistics=statistics, **options)
         gradients = torch.autograd.grad(out.quantized.sum() + out.loss.sum(), (x, codebooks))
-    statistics = [torch.cat(s) if isinstance(s, list) else s for s in out[3:]]
-    return [r.detach() for r in (*out[:3], *statistics, *gradients)]
+    collected = [torch.cat(s) if isinstance(s, list) else s for s in out[3:] if s is not None]
+    return [r.detach() for r in (*out[:3], *gradients, *collected)]
 
 
 def entropies_in_process(request):

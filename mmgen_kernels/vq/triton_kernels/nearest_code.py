@@ -89,6 +89,67 @@ def chip(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
+class PackedCodes(NamedTuple):
+    """Codebooks (H, K, D) as the pass reads them, and what its bounds take from them."""
+
+    k_pad: int
+    tiles: int
+    tiles_per_chunk: int
+    parts: int
+    mean: Tensor  # (H, D)
+    head: Tensor  # (H, STATISTICS)
+    part_largest: Tensor  # (H, parts)
+    packed: Tensor  # (H, k_pad, d_pad), fp16
+    half_squares: Tensor  # (H, k_pad), fp32
+    norms: Tensor  # (H, k_pad)
+    left_out: Tensor  # (H, k_pad)
+    chunk_bounds: Tensor  # (H, chunks, 2)
+
+    def tiles_of(self, c: Configuration) -> Tensor | TensorDescriptor:
+        """What the pass takes for `codes`."""
+        if not self.by_descriptor(c):
+            return self.packed
+        return TensorDescriptor.from_tensor(self.packed.view(-1, c.d_pad), [c.block_k, c.block_d])
+
+    def by_descriptor(self, c: Configuration) -> bool:
+        return c.descriptors and len(self.packed) * self.k_pad <= MAX_COORDINATE
+
+
+def pack_codebooks(codes: Tensor, metric: str, c: Configuration) -> PackedCodes:
+    """codes (H, K, D), H <= MAX_HEADS: four launches, whatever H is."""
+    heads, K, D = codes.shape
+    tiles = triton.cdiv(K, c.block_k)
+    tiles_per_chunk = triton.cdiv(tiles, MAX_CHUNKS)
+    chunks = triton.cdiv(tiles, tiles_per_chunk)
+    k_pad, codes_per_chunk, parts = tiles * c.block_k, tiles_per_chunk * c.block_k, triton.cdiv(K, prepare.CODES.value)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=codes.device)
+
+    squares, centred, mean = new(heads, K), new(heads, K), new(heads, D)
+    sums, statistics, part_largest = new(heads, parts, D), new(heads, parts, prepare.STATISTICS.value), new(heads, parts)
+    head, chunk_bounds = new(heads, prepare.STATISTICS.value), new(heads, chunks, 2)
+    packed, half_squares = new(heads, k_pad, c.d_pad, dtype=torch.float16), new(heads, k_pad, dtype=torch.float32)
+    norms, left_out = new(heads, k_pad), new(heads, k_pad)
+    block_d = min(64, c.d_pad)
+    book = (codes, *codes.stride())
+    prepare.sum_codes[parts, heads](
+        *book, squares, sums, statistics, K, D, parts,
+        METRIC=metric, WIDE=codes.dtype == torch.float64, BLOCK_D=block_d, **PREPARING,
+    )  # fmt: skip
+    prepare.mean_code[triton.cdiv(D, 16), heads](sums, statistics, mean, head, D, parts, BLOCK_D=16, **PREPARING)
+    prepare.centred_norms[parts, heads](
+        *book, squares, mean, head, centred, part_largest, K, D, parts, METRIC=metric, BLOCK_D=block_d, **PREPARING
+    )
+    prepare.pack_codes[chunks, heads](
+        *book, squares, mean, head, centred, part_largest, packed, half_squares, norms, left_out, chunk_bounds,
+        K, k_pad, D, parts, chunks, codes_per_chunk, METRIC=metric, D_PAD=c.d_pad, BLOCK_D=block_d, **PREPARING,
+    )  # fmt: skip
+    return PackedCodes(
+        k_pad, tiles, tiles_per_chunk, parts, mean, head, part_largest, packed, half_squares, norms, left_out, chunk_bounds
+    )
+
+
 def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> Tensor:
     """Launcher of the operator. "fast" is answered exactly: a pass in fp16 alone would not keep what it promises, and the fp64
     evaluations that the bound leaves are few."""
@@ -102,56 +163,32 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, 
         return torch.cat([nearest_code(x[p], codebook[p], None if mask is None else mask[p], metric, precision) for p in parts])
     capability, multiprocessors = chip(x.device)
     c = configuration(D, capability)
-    tiles = triton.cdiv(K, c.block_k)
-    tiles_per_chunk = triton.cdiv(tiles, MAX_CHUNKS)
-    chunks = triton.cdiv(tiles, tiles_per_chunk)
-    k_pad, codes_per_chunk, parts = tiles * c.block_k, tiles_per_chunk * c.block_k, triton.cdiv(K, prepare.CODES.value)
-    cuts = splits(N, heads, chunks, c.block_n, multiprocessors)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    squares, centred, mean = new(heads, K), new(heads, K), new(heads, D)
-    sums, statistics, part_largest = new(heads, parts, D), new(heads, parts, prepare.STATISTICS.value), new(heads, parts)
-    head, chunk_bounds = new(heads, prepare.STATISTICS.value), new(heads, chunks, 2)
-    packed_codes, half_squares = new(heads, k_pad, c.d_pad, dtype=torch.float16), new(heads, k_pad, dtype=torch.float32)
-    norms, left_out = new(heads, k_pad), new(heads, k_pad)
-    packed_rows, ratios = new(heads, N, c.d_pad, dtype=torch.float16), new(heads, N, dtype=torch.float32)
-    row_bounds, minima = new(heads, N, 2), new(heads, chunks, N, dtype=torch.float32)
     valid = None if mask is None else mask.reshape(heads, N).view(torch.uint8)
-    descriptors = c.descriptors and heads * k_pad <= MAX_COORDINATE
-    pass_codes = packed_codes
-    if descriptors:
-        pass_codes = TensorDescriptor.from_tensor(packed_codes.view(-1, c.d_pad), [c.block_k, c.block_d])
-
-    block_d = min(64, c.d_pad)
-    book = (codes, *codes.stride())
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        prepare.sum_codes[parts, heads](
-            *book, squares, sums, statistics, K, D, parts,
-            METRIC=metric, WIDE=codes.dtype == torch.float64, BLOCK_D=block_d, **PREPARING,
-        )  # fmt: skip
-        prepare.mean_code[triton.cdiv(D, 16), heads](sums, statistics, mean, head, D, parts, BLOCK_D=16, **PREPARING)
-        prepare.centred_norms[parts, heads](
-            *book, squares, mean, head, centred, part_largest, K, D, parts, METRIC=metric, BLOCK_D=block_d, **PREPARING
-        )
-        prepare.pack_codes[chunks, heads](
-            *book, squares, mean, head, centred, part_largest, packed_codes, half_squares, norms, left_out, chunk_bounds,
-            K, k_pad, D, parts, chunks, codes_per_chunk, METRIC=metric, D_PAD=c.d_pad, BLOCK_D=block_d, **PREPARING,
-        )  # fmt: skip
+        book = pack_codebooks(codes, metric, c)
+        chunks = book.chunk_bounds.shape[1]
+        cuts = splits(N, heads, chunks, c.block_n, multiprocessors)
+
+        def new(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(heads, *shape, dtype=dtype, device=x.device)
+
+        packed_rows, ratios = new(N, c.d_pad, dtype=torch.float16), new(N, dtype=torch.float32)
+        row_bounds, minima = new(N, 2, dtype=torch.float64), new(chunks, N, dtype=torch.float32)
+        block_d = min(64, c.d_pad)
         prepare.pack_rows[triton.cdiv(N, prepare.CODES.value), heads](
-            rows, *rows.stride(), mean, head, part_largest, packed_rows, ratios, row_bounds, N, D, parts,
+            rows, *rows.stride(), book.mean, book.head, book.part_largest, packed_rows, ratios, row_bounds, N, D, book.parts,
             METRIC=metric, D_PAD=c.d_pad, BLOCK_D=block_d, **PREPARING,
         )  # fmt: skip
         search.sweep[heads * triton.cdiv(N, c.block_n), cuts](
-            packed_rows, pass_codes, half_squares, ratios, minima, N, k_pad, tiles, tiles_per_chunk, chunks,
-            triton.cdiv(chunks, cuts), DESCRIPTORS=descriptors,
-            D_PAD=c.d_pad, BLOCK_D=c.block_d, BLOCK_N=c.block_n, BLOCK_K=c.block_k, **c.options(),
+            packed_rows, book.tiles_of(c), book.half_squares, ratios, minima,
+            N, book.k_pad, book.tiles, book.tiles_per_chunk, chunks, triton.cdiv(chunks, cuts),
+            DESCRIPTORS=book.by_descriptor(c), D_PAD=c.d_pad, BLOCK_D=c.block_d, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
+            **c.options(),
         )  # fmt: skip
         search.settle[N, heads](
-            rows, *rows.stride(), *book, valid, *((0, 0) if valid is None else valid.stride()),
-            packed_rows, row_bounds, ratios, packed_codes, half_squares, norms, left_out, chunk_bounds, head, minima, indices,
-            N, K, k_pad, D, chunks, codes_per_chunk,
+            rows, *rows.stride(), codes, *codes.stride(), valid, *((0, 0) if valid is None else valid.stride()),
+            packed_rows, row_bounds, ratios, book.packed, book.half_squares, book.norms, book.left_out, book.chunk_bounds,
+            book.head, minima, indices, N, K, book.k_pad, D, chunks, book.tiles_per_chunk * c.block_k,
             METRIC=metric, HAS_MASK=valid is not None, D_PAD=c.d_pad, BLOCK_D=block_d, **SETTLING,
         )  # fmt: skip
     return indices.view(x.shape[:-1])

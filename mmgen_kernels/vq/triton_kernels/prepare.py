@@ -51,12 +51,12 @@ def centring(mean, statistics, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def largest(values, count):
-    """Of `count` non-negative numbers."""
+def largest(values, count, STEP: tl.constexpr = 1):
+    """Of `count` non-negative numbers, STEP apart."""
     i = tl.arange(0, 1024)
     most = tl.zeros((1024,), tl.float64)
     for start in range(0, count, 1024):
-        most = tl.maximum(most, tl.load(values + start + i, mask=start + i < count, other=0.0))
+        most = tl.maximum(most, tl.load(values + (start + i) * STEP, mask=start + i < count, other=0.0))
     return tl.max(most, 0)
 
 
@@ -230,6 +230,31 @@ def pack_codes(
     tl.store(chunk_bounds + (h * chunks + chunk) * 2 + 1, tl.max(most_left_out, 0))
 
 
+@triton.jit
+def scale_of_row(total, code_scale, METRIC: tl.constexpr):
+    """(scale, its ratio to the codes', is the row covered by the proof), of rows with these squared norms."""
+    scale = scale_of(total)
+    usable = total <= 2.0**EXTREME  # false for NaN
+    ratio = tl.zeros(total.shape, tl.float64) + 1.0
+    if METRIC == "l2":
+        # A row much shorter than the codes gives up bits that the sum with the norm term would lose anyway; one so much longer
+        # that fp32 cannot hold the norm term beside it is left to fp64.
+        scale = tl.minimum(scale, code_scale * 2.0**20)
+        ratio = scale / code_scale
+        usable = usable & (ratio >= 2.0**-100)
+    return scale, tl.where(usable, ratio, 1.0), usable
+
+
+@triton.jit
+def norm_of_row(total, scale, usable, METRIC: tl.constexpr, WIDE: tl.constexpr):
+    """The row's norm as scaled: infinite where the proof does not cover the row, NaN where no code can win it."""
+    norm = tl.where(usable, (tl.sqrt(total) + VANISHED) * scale, float("inf"))
+    norm = tl.where(total == total, norm, float("nan"))
+    if METRIC == "l2" and not WIDE:  # no square overflows: the row is infinite
+        norm = tl.where(total < float("inf"), norm, float("nan"))
+    return norm
+
+
 @triton.jit(do_not_specialize=["N", "parts", "x_h"])
 def pack_rows(
     x, x_h, x_n, x_d,
@@ -256,16 +281,10 @@ def pack_rows(
         m = weight * tl.load(mean + h * D + at, mask=at < D, other=0.0)
         v = tl.where(read, v - m[None, :], 0.0)
         total += tl.sum(v * v, 1)
-    scale = scale_of(total)
-    usable = total <= 2.0**EXTREME  # false for NaN
-    ratio = tl.zeros((CODES,), tl.float64) + 1.0
+    code_scale = tl.full((), 1.0, tl.float64)
     if METRIC == "l2":
-        # A row much shorter than the codes gives up bits that the sum with the norm term would lose anyway; one so much longer
-        # that fp32 cannot hold the norm term beside it is left to fp64.
         code_scale = scale_of(largest(part_largest + h * parts, parts))
-        scale = tl.minimum(scale, code_scale * 2.0**20)
-        ratio = scale / code_scale
-        usable = usable & (ratio >= 2.0**-100)
+    scale, ratio, usable = scale_of_row(total, code_scale, METRIC)
     rest = tl.zeros((CODES,), tl.float64)
     for start in range(0, D_PAD, BLOCK_D):
         at = start + d
@@ -277,10 +296,7 @@ def pack_rows(
         tl.store(packed + (h * N + n[:, None]) * D_PAD + at[None, :], rounded, mask=inside[:, None] & (at < D_PAD)[None, :])
         error = v - widen(rounded)
         rest += tl.sum(error * error, 1)
-    norm = tl.where(usable, (tl.sqrt(total) + VANISHED) * scale, float("inf"))
-    norm = tl.where(total == total, norm, float("nan"))
-    if METRIC == "l2" and x.dtype.element_ty != tl.float64:  # no square overflows: the row is infinite
-        norm = tl.where(total < float("inf"), norm, float("nan"))
-    tl.store(ratios + h * N + n, tl.where(usable, ratio, 1.0).to(tl.float32), mask=inside)
+    norm = norm_of_row(total, scale, usable, METRIC, x.dtype.element_ty == tl.float64)
+    tl.store(ratios + h * N + n, ratio.to(tl.float32), mask=inside)
     tl.store(bounds + (h * N + n) * 2, norm, mask=inside)
     tl.store(bounds + (h * N + n) * 2 + 1, tl.sqrt(rest), mask=inside)
