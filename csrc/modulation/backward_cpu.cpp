@@ -34,7 +34,7 @@ struct Chunks {
     int64_t most_rows = 0;
     for (const Vector& v : given) {
       if (v.given && v.by_row) most_rows = std::max(most_rows, v.count);
-      else if (v.given && v.needed && v.span > 1) span = std::gcd(span, v.span);
+      else if (v.given && v.span > 1) span = std::gcd(span, v.span);
     }
     if (most_rows == 0) {
       span = span ? span : std::max<int64_t>(count, 1);
@@ -225,10 +225,10 @@ struct Backward {
     void flush() {
       const Shared<Real>& shared = of.shared;
       for (int i = 0; i < 2; ++i) {
-        if (!of.of_output[i]) continue;
         const Real *u = sum_shift[i].data(), *un = sum_scale[i].data(), *one_plus = prepared.one_plus[i].data();
         collect(i ? shift_2 : shift, u, nullptr, nullptr, nullptr);
         collect(i ? scale_2 : scale, un, shared.weight.data(), u, shared.bias.data());
+        if (!of.of_output[i]) continue;  // nobody asks for this output: the sums are 0, which its vectors' gradients are to be
         collect(weight, un, one_plus, nullptr, nullptr);
         collect(bias, u, one_plus, nullptr, nullptr);
         std::fill(sum_shift[i].begin(), sum_shift[i].end(), Real(0));
