@@ -210,7 +210,10 @@ class NormForward(Forward):
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         norm: Any = self.module
         if fits(norm, x) and pays(norm, x):
-            return normalized(norm, x, None, None, dtype_of(norm, x))
+            # queries and keys come as (B, H, T, D) views of (B, T, H, D): read without a copy and, as by stock, written like x
+            swapped = kind_of(norm) in RMS_NORMS and x.dim() == 4 and x.stride(1) < x.stride(2)
+            n = normalized(norm, x.transpose(1, 2) if swapped else x, None, None, dtype_of(norm, x))
+            return n.transpose(1, 2) if swapped else n
         return self.stock(*args, **kwargs)
 
 
@@ -218,6 +221,8 @@ def pays(norm: nn.Module, x: Tensor) -> bool:
     """Whether the operator is faster than stock."""
     if kind_of(norm) == "FP32LayerNorm" and x.dtype not in HALVES:
         return False  # PyTorch's own layer norm is one pass, too: only the way to fp32 and back is saved
+    if x.stride(-1) != 1:
+        return False  # channels of images (B, C, H, W) would be copied, and the result would lie in another order
     return x.device.type != "cpu" or x.shape[-1] >= NARROWEST_ON_CPU
 
 
@@ -304,7 +309,7 @@ class NormRule(NormalizationRule):
     """A norm without conditioning."""
 
     falls_back_when: tuple[str, ...] = (
-        f"x has fewer than two dimensions or, on the CPU, fewer than {NARROWEST_ON_CPU} channels",
+        f"x has fewer than two dimensions, strided channels or, on the CPU, fewer than {NARROWEST_ON_CPU} channels",
         "the device is neither CPU nor CUDA",
     )
 

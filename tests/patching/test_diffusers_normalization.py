@@ -145,11 +145,22 @@ def test_plain_norms_of_any_shape(library, case):
     ours = patched(module)
     for shape in ((B, T, D), (B, T, 4, D), (7, D), (D,)):
         (x,), _ = arguments(case, x=shape)
-        for given in (x, x.bfloat16(), x.transpose(0, max(0, x.dim() - 2))):
+        for given in (x, x.bfloat16(), x.transpose(0, max(0, x.dim() - 2)), *([x.transpose(1, 2)] if x.dim() == 4 else [])):
             a, b = ours(given), module(hidden_states=given) if "RMS" in case else module(given)
             relative = (1e-4, 1e-5) if b.dtype == torch.float32 else (1e-2, 1e-2)
             assert_same([a], [b], *relative)
+            assert a.stride() == b.stride() or given.stride(0) < given.stride(-2)
             assert operator_calls(ours, (given,), {}) == (len(shape) > 1 and (case != "FP32LayerNorm" or given.dtype != x.dtype))
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_channels_of_images_stay_stock(case):
+    """As autoencoders call RMSNorm: the result lies in memory as x does."""
+    module = make(twins, case)
+    ours = patched(module)
+    x = torch.randn(B, D, 2, 3).bfloat16().movedim(1, -1)
+    assert torch.equal(ours(x), module(x)) and ours(x).stride() == module(x).stride()
+    assert operator_calls(ours, (x,), {}) == 0
 
 
 @pytest.mark.parametrize("case", PLAIN)
