@@ -22,9 +22,6 @@ FILE = "diffusers.models.normalization"  # other files of the package have class
 SAMPLES = 2  # in the calls of verification
 LAYER_NORMS = ("LayerNorm", "FP32LayerNorm")
 RMS_NORMS = ("RMSNorm", "MochiRMSNorm")
-# Our kernel takes 0.3 us for the sums of a row. RMSNorm of 2^20 elements, one thread, ms stock / ours: D = 64 fp32 2.5 / 5.0,
-# bf16 3.4 / 5.4; D = 128 fp32 8.2 / 7.4, bf16 9.3 / 3.7; D = 1152 fp32 2.4 / 1.1, bf16 4.5 / 1.1.
-NARROWEST_ON_CPU = 128
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -221,9 +218,7 @@ def pays(norm: nn.Module, x: Tensor) -> bool:
     """Whether the operator is faster than stock."""
     if kind_of(norm) == "FP32LayerNorm" and x.dtype not in HALVES:
         return False  # PyTorch's own layer norm is one pass, too: only the way to fp32 and back is saved
-    if x.stride(-1) != 1:
-        return False  # channels of images (B, C, H, W) would be copied, and the result would lie in another order
-    return x.device.type != "cpu" or x.shape[-1] >= NARROWEST_ON_CPU
+    return x.stride(-1) == 1  # channels of images (B, C, H, W) would be copied, and the result would lie in another order
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------
@@ -308,10 +303,7 @@ class AdaLayerNormZeroRule(NormalizationRule):
 class NormRule(NormalizationRule):
     """A norm without conditioning."""
 
-    falls_back_when: tuple[str, ...] = (
-        f"x has fewer than two dimensions, strided channels or, on the CPU, fewer than {NARROWEST_ON_CPU} channels",
-        "the device is neither CPU nor CUDA",
-    )
+    falls_back_when: tuple[str, ...] = ("x has strided channels, or one dimension only", "the device is neither CPU nor CUDA")
 
     def __init__(self, name: str):
         super().__init__(name, NormForward, norms=())

@@ -11,12 +11,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
-from mmgen_kernels.patching import diffusers_normalization
-
-
-@pytest.fixture(autouse=True)
-def _narrow_rows_too(monkeypatch):
-    monkeypatch.setattr(diffusers_normalization, "NARROWEST_ON_CPU", 1)
 
 
 class Block(nn.Module):

@@ -36,11 +36,6 @@ def library(request):
     return twins if request.param == "twin" else pytest.importorskip(twins.FILE)
 
 
-@pytest.fixture(autouse=True)
-def _narrow_rows_too(monkeypatch):
-    monkeypatch.setattr(diffusers_normalization, "NARROWEST_ON_CPU", 1)
-
-
 # -- what is served ---------------------------------------------------------------------------------------------------
 
 
@@ -161,18 +156,6 @@ def test_channels_of_images_stay_stock(case):
     x = torch.randn(B, D, 2, 3).bfloat16().movedim(1, -1)
     assert torch.equal(ours(x), module(x)) and ours(x).stride() == module(x).stride()
     assert operator_calls(ours, (x,), {}) == 0
-
-
-@pytest.mark.parametrize("case", PLAIN)
-def test_narrow_rows_on_the_cpu_stay_stock(case, monkeypatch):
-    """There stock is faster."""
-    monkeypatch.undo()
-    limit = diffusers_normalization.NARROWEST_ON_CPU
-    name, options, _ = CASES[case]
-    for width in (limit - 1, limit):
-        module = getattr(twins, name)(width, *options[1:])
-        mk.patch(module, strict=True)
-        assert operator_calls(module, (torch.randn(2, 3, width).bfloat16(),), {}) == (width == limit)
 
 
 # -- what is not ------------------------------------------------------------------------------------------------------
