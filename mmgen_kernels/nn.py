@@ -1,5 +1,15 @@
 """Modules of all families."""
 
+from mmgen_kernels.modulation.modules import AdaLayerNorm, AdaLayerNormZero, AdaLNZeroOutput, RMSNorm
 from mmgen_kernels.vq.modules import CodeUsage, EMAVectorQuantizer, ResidualVectorQuantizer, VectorQuantizer
 
-__all__ = ["CodeUsage", "EMAVectorQuantizer", "ResidualVectorQuantizer", "VectorQuantizer"]
+__all__ = [
+    "AdaLNZeroOutput",
+    "AdaLayerNorm",
+    "AdaLayerNormZero",
+    "CodeUsage",
+    "EMAVectorQuantizer",
+    "RMSNorm",
+    "ResidualVectorQuantizer",
+    "VectorQuantizer",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mmgen_kernels.patching import diffusers, llamagen, taming, vector_quantize_pytorch
+from mmgen_kernels.patching import diffusers, diffusers_normalization, llamagen, taming, vector_quantize_pytorch
 from mmgen_kernels.patching.handle import Handle, Kept, Replaced, patch_with
 from mmgen_kernels.patching.rule import Forward, Rule
 
@@ -18,6 +18,7 @@ RULES: tuple[Rule, ...] = (
     diffusers.VectorQuantizerRule(),
     taming.VectorQuantizer2Rule(),
     llamagen.VectorQuantizerRule(),
+    *diffusers_normalization.RULES,
 )
 
 
@@ -31,7 +32,7 @@ def patch(
 
     Args:
         object: a module, or a list, tuple or mapping of modules, or an object with modules as attributes (a pipeline).
-        families: which families of operators may be used, such as "vq"; None means all.
+        families: which families of operators may be used, such as "vq" or "modulation"; None means all.
         verify: compares each kind of module with the stock one first, on copies and once per process: outputs, gradients and
             buffers of two training steps and one call in eval mode. What differs by more than rounding is kept as it is.
         strict: raises if nothing is served, or a module that a rule knows is not; then nothing is replaced.
