@@ -164,10 +164,15 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         call = ctx.operator.backward.overloads[ctx.implementation]
-        if torch.is_grad_enabled():  # create_graph=True: the registered autograd of the backward raises if it is used
-            return None, None, *ctx.operator.gradients(call, ctx, *grads)
-        with BelowAutograd():
-            return None, None, *ctx.operator.gradients(call, ctx, *grads)
+        if not torch.is_grad_enabled():  # with create_graph=True the registered autograd of the backward raises if it is used
+            call = functools.partial(_call_below_autograd, call)
+        return None, None, *ctx.operator.gradients(call, ctx, *grads)
+
+
+def _call_below_autograd(call: Callable, *args: Any) -> Any:
+    """Only the call: saved tensors are unpacked before, as a checkpoint then runs its forward again and must record it."""
+    with BelowAutograd():
+        return call(*args)
 
 
 class _Functorch(torch.autograd.Function):

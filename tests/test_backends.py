@@ -269,14 +269,14 @@ def test_a_library_that_does_not_load(tmp_path):
 
 
 def graphs_of(function, *args):
-    """What Dynamo captured of each graph, as text."""
+    """The result of a compiled call, and what Dynamo captured: the functions called."""
     found = []
 
     def backend(module, inputs):
-        found.append(module.print_readable(print_output=False))
+        found.extend(str(node.target) for node in module.graph.nodes)
         return module
 
-    return torch.compile(function, backend=backend, fullgraph=True)(*args), "".join(found)
+    return torch.compile(function, backend=backend, fullgraph=True)(*args), " ".join(found)
 
 
 def test_compiled_code_sees_the_reference_of_an_operator_that_steps_aside(monkeypatch):

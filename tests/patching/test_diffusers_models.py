@@ -59,10 +59,7 @@ def test_a_copy_serves_itself():
     assert module(*args, **kwargs)[1].any() and not twin(*args, **kwargs)[1].any()
 
 
-@pytest.mark.parametrize(
-    "reentrant",
-    (True, pytest.param(False, marks=pytest.mark.xfail(strict=True, reason="library._Eager unpacks saved tensors below autograd"))),
-)
+@pytest.mark.parametrize("reentrant", (True, False))
 def test_gradient_checkpointing(reentrant):
     block = Block()
     found = []
