@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     import torch
 
-    from benchmarks import bars, harness, machine, results
+    from benchmarks import bars, harness, machine, memory, results
 
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -129,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = dataclasses.replace(settings, **quick)
     if device.type == "cuda":  # there no threads spin
         settings = dataclasses.replace(settings, quiet_seconds=0.0)
+    if getattr(family, "KEEPS_FREED_MEMORY", False):
+        memory.keep_freed_memory()
     settings = dataclasses.replace(settings, quiet_seconds=getattr(family, "QUIET_SECONDS", settings.quiet_seconds))
     stamp = machine.stamp(options.family, device, options.threads)
     stamp |= {"settings": dataclasses.asdict(settings), "contestants": entered}
