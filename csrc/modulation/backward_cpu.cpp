@@ -173,12 +173,12 @@ struct Backward {
         k.normalize[of.x->dtype](of.x->row(n), statistics[0], rstd, dim, normed.data(), of.x->row(next));
         const Moments mean = outputs(n, next);
         if (alike)
-          return k.norm_and_gate_gradient[of.x->dtype](upstream, normed.data(), rstd, mean, of.y->row(n), prepared.gate_row(), dim,
+          return k.norm_and_gate_gradient[of.x->dtype](upstream, normed.data(), rstd, mean, of.y->row(n), prepared.gate(), dim,
                                                        grad.data(), grad_x, grad_y, sum_gate.data(),
                                                        upstream ? of.upstream->row(next) : nullptr, of.y->row(next));
         k.norm_gradient[of.x->dtype](upstream, normed.data(), rstd, mean, dim, grad.data(), grad_x);
       } else if (alike) {
-        return k.gate_gradient[of.y->dtype](upstream, of.y->row(n), prepared.gate_row(), dim, grad_y, sum_gate.data(),
+        return k.gate_gradient[of.y->dtype](upstream, of.y->row(n), prepared.gate(), dim, grad_y, sum_gate.data(),
                                               of.upstream->row(next), of.y->row(next));
       } else {
         k.widen[of.upstream->dtype](upstream, dim, grad.data());
@@ -194,7 +194,7 @@ struct Backward {
         if (!of.of_output[i]) continue;
         const Activations& u = *of.of_output[i];
         const auto loop = (first ? of.kernels.output_gradient : of.kernels.second_output_gradient)[u.dtype];
-        const Moments m = loop(u.row(n), normed.data(), prepared.factor[i].data(), of.dim, grad.data(), sum_shift[i].data(),
+        const Moments m = loop(u.row(n), normed.data(), prepared.factor(i), of.dim, grad.data(), sum_shift[i].data(),
                                sum_scale[i].data(), u.row(next));
         sum = {sum.first + m.first, sum.second + m.second};
         first = false;
@@ -209,13 +209,13 @@ struct Backward {
       const int dtype = of.y->dtype;
       if (!of.task.post) {
         k.widen[dtype](of.y->row(n), of.dim, of_y.data());
-        k.gate_gradient[real_type](grad.data(), of_y.data(), prepared.gate_row(), of.dim, scratch.data(), sum_gate.data(),
+        k.gate_gradient[real_type](grad.data(), of_y.data(), prepared.gate(), of.dim, scratch.data(), sum_gate.data(),
                                    grad.data(), of_y.data());
         return k.narrow[dtype](scratch.data(), of.dim, grad_y);
       }
       const auto* statistics = static_cast<const Real*>(of.task.post_statistics->const_data_ptr()) + 2 * n;
       k.normalize[dtype](of.y->row(n), statistics[0], statistics[1], of.dim, of_y.data(), of.y->row(n));
-      const Moments m = k.post_gradient(grad.data(), of_y.data(), prepared.gate_row(), of.shared.post_weight.data(), of.dim,
+      const Moments m = k.post_gradient(grad.data(), of_y.data(), prepared.gate(), of.shared.post_weight.data(), of.dim,
                                         scratch.data(), sum_gate.data());
       const Moments mean{of.task.post_layer ? m.first / of.dim : 0, m.second / of.dim};
       k.norm_gradient[dtype](nullptr, of_y.data(), statistics[1], mean, of.dim, scratch.data(), grad_y);
@@ -225,9 +225,10 @@ struct Backward {
     void flush() {
       const Shared<Real>& shared = of.shared;
       for (int i = 0; i < 2; ++i) {
-        const Real *u = sum_shift[i].data(), *un = sum_scale[i].data(), *one_plus = prepared.one_plus[i].data();
+        const Real *u = sum_shift[i].data(), *un = sum_scale[i].data(), *one_plus = prepared.one_plus(i);
         collect(i ? shift_2 : shift, u, nullptr, nullptr, nullptr);
-        collect(i ? scale_2 : scale, un, shared.weight.data(), u, shared.bias.data());
+        if (shared.affine) collect(i ? scale_2 : scale, un, shared.weight.data(), u, shared.bias.data());
+        else collect(i ? scale_2 : scale, un, nullptr, nullptr, nullptr);
         if (!of.of_output[i]) continue;  // nobody asks for this output: the sums are 0, which its vectors' gradients are to be
         collect(weight, un, one_plus, nullptr, nullptr);
         collect(bias, u, one_plus, nullptr, nullptr);
@@ -235,13 +236,13 @@ struct Backward {
         std::fill(sum_scale[i].begin(), sum_scale[i].end(), Real(0));
       }
       if (!of.task.y) return;
-      const Real* slope = shared.gate_fn == GateFn::identity ? nullptr : prepared.slope.data();
+      const Real* slope = prepared.slope();
       if (of.task.post) {  // what the gate multiplies is normed y times its weight
         for (int64_t d = 0; d < of.dim; ++d) scratch[d] = shared.post_weight[d] * (slope ? slope[d] : Real(1));
         slope = scratch.data();
       }
       collect(gate, sum_gate.data(), slope, nullptr, nullptr);
-      collect(post_weight, sum_gate.data(), prepared.gate_row(), nullptr, nullptr);
+      collect(post_weight, sum_gate.data(), prepared.gate(), nullptr, nullptr);
       std::fill(sum_gate.begin(), sum_gate.end(), Real(0));
     }
 
@@ -250,11 +251,14 @@ struct Backward {
       const Kernels<Real>& k = of.kernels;
       if (of.slot_of[slot] >= 0) k.collect(a, factor, b, other, of.dim, sums.data() + of.slot_of[slot] * of.dim);
       if (slot >= vectors || !of.shared.vector[slot].needed || !of.direct(slot)) return;
-      std::fill(row.begin(), row.end(), 0.0);
-      k.collect(a, factor, b, other, of.dim, row.data());
       const Tensor& to = of.out.slot[slot];
-      k.widen[int(Float::fp64)](row.data(), of.dim, scratch.data());
-      k.narrow[static_cast<int>(float_of(to.scalar_type()))](scratch.data(), of.dim, or_unused(to, true, prepared.row[slot]));
+      if (factor || b) {
+        std::fill(row.begin(), row.end(), 0.0);
+        k.collect(a, factor, b, other, of.dim, row.data());
+        k.widen[int(Float::fp64)](row.data(), of.dim, scratch.data());
+        a = scratch.data();
+      }
+      k.narrow[static_cast<int>(float_of(to.scalar_type()))](a, of.dim, row_of(to, prepared.row[slot] * of.dim));
     }
   };
 

@@ -71,13 +71,13 @@ Outputs forward(const Activations& x, const Shared<Real>& shared, const Update* 
       for (int64_t n = piece * tokens_at_a_time; n < end; ++n) {
         prepared.at(n);
         const int64_t following = std::min(n + 1, tokens - 1);
-        const Row next_x{x.row(following), x.tensor.element_size()};
-        const Row next_y = update ? Row{update->y.row(following), update->y.tensor.element_size()} : next_x;
+        const Row next_x{x.row(following), int64_t(x.tensor.element_size())};
+        const Row next_y = update ? Row{update->y.row(following), int64_t(update->y.tensor.element_size())} : next_x;
         double sum;
         if (!update) {
           sum = kernels.widen[x.dtype](x.row(n), dim, total.data());
         } else if (!post && update->y.dtype == x.dtype) {
-          sum = kernels.add_gated[x.dtype](x.row(n), update->y.row(n), prepared.gate_row(), dim, residual + n * x_bytes, total.data(),
+          sum = kernels.add_gated[x.dtype](x.row(n), update->y.row(n), prepared.gate(), dim, residual + n * x_bytes, total.data(),
                                          next_x.data, next_y.data);
         } else {
           const double sum_of_y = kernels.widen[update->y.dtype](update->y.row(n), dim, of_y.data());
@@ -87,14 +87,14 @@ Outputs forward(const Activations& x, const Shared<Real>& shared, const Update* 
             kernels.modulate[real_type](of_y.data(), s.about, s.rest, s.rstd, shared.post_weight.data(), shared.zeros.data(), dim,
                                         of_y.data(), next_y.data, next_y.bytes);
           }
-          sum = kernels.add_gated_wide[x.dtype](x.row(n), of_y.data(), prepared.gate_row(), dim, residual + n * x_bytes,
+          sum = kernels.add_gated_wide[x.dtype](x.row(n), of_y.data(), prepared.gate(), dim, residual + n * x_bytes,
                                               total.data(), next_x.data, reinterpret_cast<const char*>(of_y.data()));
         }
         if (!norm) continue;
         const Statistics<Real> s(kernels, total.data(), sum, dim, norm->layer, norm->eps, next_x);
         s.write(statistics + 2 * n);
         for (int i = 0; i < (second ? 2 : 1); ++i)
-          kernels.modulate[out_type](total.data(), s.about, s.rest, s.rstd, prepared.factor[i].data(), prepared.offset[i].data(), dim,
+          kernels.modulate[out_type](total.data(), s.about, s.rest, s.rstd, prepared.factor(i), prepared.offset(i), dim,
                                      modulated[i] + n * out_bytes, next_y.data, next_y.bytes);
       }
     };

@@ -77,11 +77,10 @@ struct Loops {
     });
   }
 
-  static void combine(const Real* scale, const Real* shift, const Real* weight, const Real* bias, int64_t dim, Real* one_plus,
-                      Real* factor, Real* offset) {
+  static void combine(const Real* one_plus, const Real* shift, const Real* weight, const Real* bias, int64_t dim, Real* factor,
+                      Real* offset) {
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto) ALWAYS_INLINE {
-      const Vec one = 1 + load(place, scale + d);
-      store(place, one_plus + d, one);
+      const Vec one = load(place, one_plus + d);
       store(place, factor + d, one * load(place, weight + d));
       store(place, offset + d, Lanes::fmadd(one, load(place, bias + d), load(place, shift + d)));
     });

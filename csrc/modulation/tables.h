@@ -22,9 +22,9 @@ struct Kernels {
   void (*narrow[4])(const Real* row, int64_t dim, void* out);
   void (*add)(const Real* row, int64_t dim, Real* out);  // out += row
 
-  // one_plus = 1 + scale, factor = one_plus weight, offset = one_plus bias + shift
-  void (*combine)(const Real* scale, const Real* shift, const Real* weight, const Real* bias, int64_t dim, Real* one_plus,
-                  Real* factor, Real* offset);
+  // factor = one_plus weight, offset = one_plus bias + shift
+  void (*combine)(const Real* one_plus, const Real* shift, const Real* weight, const Real* bias, int64_t dim, Real* factor,
+                  Real* offset);
   // gate = g(gate), slope = g'(gate); not for the identity
   void (*apply_gate)(GateFn function, Real* gate, int64_t dim, Real* slope);
 

@@ -120,13 +120,14 @@ struct Shared {
   const Kernels<Real>& kernels = kernels_of<Real>(selected());
   int64_t dim;
   Rows rows;
+  bool affine;  // there is a weight or a bias
   std::array<Vector, vectors> vector;
   GateFn gate_fn = GateFn::identity;
   Buffer<Real> zeros, ones, weight, bias, post_weight, table;
 
   Shared(int64_t dim, int64_t length, const std::array<const Optional*, vectors>& given, const Optional& weight,
          const Optional& bias, const Optional& post_weight, const Optional& table, const Optional& rows)
-      : dim(dim), rows(rows), zeros(dim, Real(0)), ones(dim, Real(1)), weight(row_of(weight, ones)), bias(row_of(bias, zeros)),
+      : dim(dim), rows(rows), affine(weight || bias), zeros(dim, Real(0)), ones(dim, Real(1)), weight(row_of(weight, ones)), bias(row_of(bias, zeros)),
         post_weight(row_of(post_weight, ones)) {
     int next = 0;
     for (int v = 0; v < vectors; ++v) {
@@ -157,21 +158,20 @@ struct Shared {
 
 // A token's vectors, ready for use; prepared anew only when the next token has others.
 template <class Real>
-struct Prepared {
-  const Shared<Real>& shared;
-  Buffer<Real> raw[vectors], slope, one_plus[2], factor[2], offset[2];
+class Prepared {
+ public:
   int64_t row[vectors] = {-1, -1, -1, -1, -1};
-  int64_t begin = 0, end = 0;  // of tokens that have these vectors
 
   explicit Prepared(const Shared<Real>& shared) : shared(shared) {
     for (int v = 0; v < vectors; ++v) {
-      if (shared.vector[v].given) raw[v].resize(shared.dim);
+      if (shared.vector[v].given) wide[v].resize(shared.dim);
       else row[v] = 0;
     }
-    if (shared.gate_fn != GateFn::identity) slope.resize(shared.dim);
-    for (int i = 0; i < 2; ++i)
-      for (auto* buffer : {&one_plus[i], &factor[i], &offset[i]}) buffer->resize(shared.dim);
-    combine(0), combine(1);
+    if (shared.gate_fn != GateFn::identity) slopes.resize(shared.dim);
+    for (int i = 0; i < 2 && shared.affine; ++i) {
+      factors[i].resize(shared.dim), offsets[i].resize(shared.dim);
+      if (row[scale_of(i)] == 0 && row[shift_of(i)] == 0) combine(i);  // neither is given: no token will change them
+    }
   }
 
   bool changes_at(int64_t n) const {
@@ -183,35 +183,47 @@ struct Prepared {
 
   void at(int64_t n) {
     if (n >= begin && n < end) return;
-    bool changed[vectors];
+    bool changed[vectors] = {};
     begin = 0, end = std::numeric_limits<int64_t>::max();
     for (int v = 0; v < vectors; ++v) {
       const Vector& vector = shared.vector[v];
-      const int64_t wanted = vector.given ? vector.row(n, shared.rows) : 0;
+      if (!vector.given) continue;
+      const int64_t wanted = vector.row(n, shared.rows);
       if (vector.by_row) begin = n, end = n + 1;
       else if (vector.span) begin = std::max(begin, wanted * vector.span), end = std::min(end, (wanted + 1) * vector.span);
       changed[v] = wanted != row[v];
       if (!changed[v]) continue;
       row[v] = wanted;
-      shared.kernels.widen[vector.dtype](vector.at(wanted), shared.dim, raw[v].data());
-      if (vector.table_row >= 0) shared.kernels.add(shared.table.data() + vector.table_row * shared.dim, shared.dim, raw[v].data());
+      shared.kernels.widen[vector.dtype](vector.at(wanted), shared.dim, wide[v].data());
+      if (vector.table_row >= 0) shared.kernels.add(shared.table.data() + vector.table_row * shared.dim, shared.dim, wide[v].data());
+      if (v == scale || v == scale_2) shared.kernels.add(shared.ones.data(), shared.dim, wide[v].data());
     }
-    if (changed[gate] && shared.gate_fn != GateFn::identity)
-      shared.kernels.apply_gate(shared.gate_fn, raw[gate].data(), shared.dim, slope.data());
-    if (changed[shift] || changed[scale]) combine(0);
-    if (changed[shift_2] || changed[scale_2]) combine(1);
+    if (changed[Name::gate] && shared.gate_fn != GateFn::identity)
+      shared.kernels.apply_gate(shared.gate_fn, wide[Name::gate].data(), shared.dim, slopes.data());
+    for (int i = 0; i < 2 && shared.affine; ++i)
+      if (changed[scale_of(i)] || changed[shift_of(i)]) combine(i);
   }
 
-  const Real* gate_row() const { return raw[gate].empty() ? nullptr : raw[gate].data(); }
+  // Null: 1.
+  const Real* gate() const { return wide[Name::gate].empty() ? nullptr : wide[Name::gate].data(); }
+  const Real* slope() const { return slopes.empty() ? nullptr : slopes.data(); }
+  // Of output i: 1 + scale, and modulated = normed factor + offset.
+  const Real* one_plus(int i) const { return (wide[scale_of(i)].empty() ? shared.ones : wide[scale_of(i)]).data(); }
+  const Real* factor(int i) const { return shared.affine ? factors[i].data() : one_plus(i); }
+  const Real* offset(int i) const { return shared.affine ? offsets[i].data() : shift_row(i); }
 
  private:
+  static int scale_of(int i) { return i ? scale_2 : scale; }
+  static int shift_of(int i) { return i ? shift_2 : shift; }
+  const Real* shift_row(int i) const { return (wide[shift_of(i)].empty() ? shared.zeros : wide[shift_of(i)]).data(); }
   void combine(int i) {
-    const auto& scales = raw[i ? scale_2 : scale];
-    const auto& shifts = raw[i ? shift_2 : shift];
-    shared.kernels.combine((scales.empty() || row[i ? scale_2 : scale] < 0 ? shared.zeros : scales).data(),
-                           (shifts.empty() || row[i ? shift_2 : shift] < 0 ? shared.zeros : shifts).data(), shared.weight.data(),
-                           shared.bias.data(), shared.dim, one_plus[i].data(), factor[i].data(), offset[i].data());
+    shared.kernels.combine(one_plus(i), shift_row(i), shared.weight.data(), shared.bias.data(), shared.dim, factors[i].data(),
+                           offsets[i].data());
   }
+
+  const Shared<Real>& shared;
+  Buffer<Real> wide[vectors], slopes, factors[2], offsets[2];
+  int64_t begin = 0, end = 0;  // of tokens that have these vectors
 };
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
