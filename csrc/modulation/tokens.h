@@ -127,8 +127,8 @@ struct Shared {
 
   Shared(int64_t dim, int64_t length, const std::array<const Optional*, vectors>& given, const Optional& weight,
          const Optional& bias, const Optional& post_weight, const Optional& table, const Optional& rows)
-      : dim(dim), rows(rows), affine(weight || bias), zeros(dim, Real(0)), ones(dim, Real(1)), weight(row_of(weight, ones)), bias(row_of(bias, zeros)),
-        post_weight(row_of(post_weight, ones)) {
+      : dim(dim), rows(rows), affine(weight || bias), zeros(dim, Real(0)), ones(dim, Real(1)), weight(row_of(weight, ones)),
+        bias(row_of(bias, zeros)), post_weight(row_of(post_weight, ones)) {
     int next = 0;
     for (int v = 0; v < vectors; ++v) {
       vector[v] = Vector(*given[v], this->rows, length);
