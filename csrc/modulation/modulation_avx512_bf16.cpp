@@ -1,19 +1,10 @@
-#include <immintrin.h>
-
 #include "modulation/kernels.h"
+#include "modulation/lanes_avx512.h"
 
 namespace mmgen_kernels::modulation {
 namespace {
 
-struct Lanes : simd::Vectors<float, 64>, simd::Words<16> {
-  static Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  static double sum(Vec v) {
-    const __m256 high = _mm512_extractf32x8_ps(v, 1);
-    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(high)));
-  }
-  static Vec from_bf16(Half h) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16); }
-  static Vec from_half(Half h) { return _mm512_cvtph_ps((__m256i)h); }
-  static Half to_half(Vec v) { return (Half)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+struct Lanes : LanesAvx512 {
   // One instruction for six. It makes subnormal results 0: docs/modulation.md says so.
   static Half to_bf16(Vec v) { return (Half)_mm512_cvtneps_pbh(v); }
 };

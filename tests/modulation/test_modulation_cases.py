@@ -1,33 +1,27 @@
-"""The battery, case by case."""
+"""The battery, case by case, and what every instruction set must pass of it."""
 
-import functools
-
+import battery_cases
 import pytest
-import torch
 
-import mmgen_kernels as mk
 from mmgen_kernels import battery
-
-CPU = torch.device("cpu")
-
-
-@functools.lru_cache(1)  # the fp64 truth is the dear part, and one case's implementations follow each other
-def judge(case, dtypes):
-    return case.prepare(CPU, dtypes)
-
-
-def parameters():
-    for case in battery.cases("modulation"):
-        for dtypes in case.dtypes:
-            for implementation in battery.implementations(case.operator, CPU):
-                name = f"{case.operator}-{case.name}-{battery.dtype_name(dtypes)}-{implementation}"
-                yield pytest.param(case, dtypes, implementation, id=name)
+from mmgen_kernels.library import OPERATORS
 
 
 @pytest.mark.unpoisoned  # deterministic algorithms would hide an operator that is not repeatable
-@pytest.mark.parametrize(("case", "dtypes", "implementation"), list(parameters()))
+@pytest.mark.parametrize(("case", "dtypes", "implementation"), list(battery_cases.parameters("modulation")))
 def test_case(case, dtypes, implementation):
-    with mk.use_backend(implementation):
-        outcome = judge(case, dtypes)()
-    assert not outcome.failures, "\n".join(outcome.failures)
-    assert outcome.repeatable
+    battery_cases.check(case, dtypes, implementation)
+
+
+@pytest.mark.skipif(not OPERATORS["adaln"].has_cpp, reason="the C++ part is not built")
+@pytest.mark.parametrize("instruction_set", ("scalar", "avx2", "avx512"))
+def test_instruction_sets(instruction_set, monkeypatch):
+    """The cases above run the best one only; AVX512-BF16 is what avx512 becomes where nobody asks for it by name."""
+    probe = pytest.importorskip("mmgen_kernels._probe", reason="built with MMGEN_KERNELS_PROBE=1")
+    if instruction_set not in probe.instruction_sets():
+        pytest.skip(f"this CPU has no {instruction_set}")
+    monkeypatch.setenv("MMGEN_KERNELS_CPU", instruction_set)
+    assert probe.selected() == instruction_set
+    for case in battery.cases("modulation"):
+        for dtypes in case.dtypes if case.quick else ():
+            battery_cases.check(case, dtypes, "cpp")

@@ -1,33 +1,10 @@
-"""The battery, case by case: what `mmgen-kernels check` runs on the user's device."""
+"""The battery, case by case."""
 
-import functools
-
+import battery_cases
 import pytest
-import torch
-
-import mmgen_kernels as mk
-from mmgen_kernels import battery
-
-CPU = torch.device("cpu")
-
-
-@functools.lru_cache(1)  # the fp64 truth is the dear part, and one case's implementations follow each other
-def judge(case, dtypes):
-    return case.prepare(CPU, dtypes)
-
-
-def parameters():
-    for case in battery.cases("vq"):
-        for dtypes in case.dtypes:
-            for implementation in battery.implementations(case.operator, CPU):
-                name = f"{case.operator}-{case.name}-{battery.dtype_name(dtypes)}-{implementation}"
-                yield pytest.param(case, dtypes, implementation, id=name)
 
 
 @pytest.mark.unpoisoned  # deterministic algorithms would hide an operator that is not repeatable
-@pytest.mark.parametrize(("case", "dtypes", "implementation"), list(parameters()))
+@pytest.mark.parametrize(("case", "dtypes", "implementation"), list(battery_cases.parameters("vq")))
 def test_case(case, dtypes, implementation):
-    with mk.use_backend(implementation):
-        outcome = judge(case, dtypes)()
-    assert not outcome.failures, "\n".join(outcome.failures)
-    assert outcome.repeatable
+    battery_cases.check(case, dtypes, implementation)
