@@ -10,19 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmgen_kernels.checks import check_device, check_dtype, check_floats, check_number
+
 if TYPE_CHECKING:
     from mmgen_kernels.modulation.ops import Vector
 
 FAMILY = "modulation"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_ROWS = 4096
-
-
-def check_floats(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
 
 
 def check_x(x: Tensor) -> None:
@@ -35,22 +29,11 @@ def check_y(y: Tensor, x: Tensor) -> None:
     check_floats("y", y)
     if y.shape != x.shape:
         raise ValueError(f"y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
-    check_device("y", y, x)
-
-
-def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    check_device("y", y, "x", x)
 
 
 def check_eps(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
@@ -93,7 +76,7 @@ def addressed(vectors: dict[str, Tensor | None], tokens: Tensor, x: Tensor, rows
     for name, vector in vectors.items():
         if vector is not None:
             check_floats(name, vector)
-            check_device(name, vector, x)
+            check_device(name, vector, "x", x)
             vector = by_row(name, vector, tokens) if rows is not None else by_place(name, vector, tokens, x)
         found.append(vector)
     return found
@@ -140,7 +123,7 @@ def check_affine(tokens: Tensor, **parameters: Tensor | None) -> None:
             check_floats(name, parameter)
             if parameter.shape != tokens.shape[-1:]:
                 raise ValueError(f"{name} must be ({tokens.shape[-1]},), got shape {tuple(parameter.shape)}")
-            check_device(name, parameter, tokens)
+            check_device(name, parameter, "x", tokens)
 
 
 def check_table(table: Tensor | None, vectors: list[Tensor | None], tokens: Tensor) -> None:
@@ -152,7 +135,7 @@ def check_table(table: Tensor | None, vectors: list[Tensor | None], tokens: Tens
         raise ValueError("table needs a vector that it is added to, got none")
     if tuple(table.shape) != expected:
         raise ValueError(f"table must have a row for each vector given, {expected}, got shape {tuple(table.shape)}")
-    check_device("table", table, tokens)
+    check_device("table", table, "x", tokens)
 
 
 def check_rows(rows: Tensor | None, tokens: Tensor, x: Tensor) -> Tensor | None:
@@ -163,15 +146,14 @@ def check_rows(rows: Tensor | None, tokens: Tensor, x: Tensor) -> Tensor | None:
         raise TypeError(f"rows must be int32 or int64, got {getattr(rows, 'dtype', type(rows).__name__)}")
     if rows.shape != x.shape[:-1]:
         raise ValueError(f"rows must have x's leading shape {tuple(x.shape[:-1])}, got {tuple(rows.shape)}")
-    check_device("rows", rows, x)
+    check_device("rows", rows, "x", x)
     return rows.reshape(tokens.shape[:-1])
 
 
 def output_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Of the modulated output."""
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        check_dtype("dtype", dtype)
         return dtype
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmgen_kernels.modulation.checks import check_choice
+from mmgen_kernels.checks import check_choice
 from mmgen_kernels.modulation.ops import NORMS, adaln, gate_residual_adaln
 
 

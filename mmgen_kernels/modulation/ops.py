@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels import backends, library
+from mmgen_kernels.checks import check_choice
 from mmgen_kernels.modulation import reference
 from mmgen_kernels.modulation.checks import (
     FAMILY,
     addressed,
     as_tokens,
     check_affine,
-    check_choice,
     check_eps,
     check_rows,
     check_table,

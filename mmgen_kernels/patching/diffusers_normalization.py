@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mmgen_kernels as mk
-from mmgen_kernels.modulation.checks import DTYPES
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.patching.rule import ROWS, Call, Forward, Rule, descends_from, has_hooks, overridden, parameters_of_forward
 
 PACKAGE = "diffusers"

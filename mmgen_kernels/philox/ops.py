@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels import backends, library
+from mmgen_kernels.checks import check_dtype
 from mmgen_kernels.philox import reference
 
 FAMILY = "philox"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KEY_DTYPES = (torch.int64, torch.uint64)
 
 
@@ -53,7 +53,7 @@ def philox_normal(
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011; Box and Muller 1958.
     """
     key, shape = checked(shape, key, device)
-    check_dtype(dtype)
+    check_dtype("dtype", dtype)
     return PHILOX_NORMAL(backends.choose(PHILOX_NORMAL, FAMILY, key.device.type), key, shape, dtype)
 
 
@@ -83,7 +83,7 @@ def philox_uniform(
     Source: Salmon et al. 2011.
     """
     key, shape = checked(shape, key, device)
-    check_dtype(dtype)
+    check_dtype("dtype", dtype)
     return PHILOX_UNIFORM(backends.choose(PHILOX_UNIFORM, FAMILY, key.device.type), key, shape, dtype)
 
 
@@ -180,11 +180,6 @@ def checked_key(key: Tensor) -> Tensor:
     if key.dim() < 1 or key.shape[-1] != 2:
         raise ValueError(f"key must be (2,) or (*batch, 2), got shape {tuple(key.shape)}")
     return key.view(torch.int64) if key.dtype == torch.uint64 else key
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
 
 
 # -- registration -----------------------------------------------------------------------------------------------------

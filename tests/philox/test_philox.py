@@ -14,6 +14,7 @@ import mmgen_kernels as mk
 from mmgen_kernels import battery
 from mmgen_kernels.battery.philox.streams import KEYS, ULPS, error_of_normals
 from mmgen_kernels.battery.tolerance import ulp
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.library import OPERATORS
 from mmgen_kernels.philox import ops, reference
 
@@ -201,7 +202,7 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch, size):
     def call():
         drawn = [mk.philox_integers((size,), torch.tensor(key)) for key in KEYS.values()]
         for function in (mk.philox_uniform, mk.philox_normal):
-            drawn += [function((size,), KEY, dtype=dtype) for dtype in ops.DTYPES]
+            drawn += [function((size,), KEY, dtype=dtype) for dtype in DTYPES]
         return drawn
 
     results = by_instruction_set(monkeypatch, call)
@@ -219,7 +220,7 @@ def test_every_instruction_set_gives_the_same_normals(monkeypatch):
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_normals_are_within_the_bound(dtype):
     size = 500_000
     truth = reference.philox_normal(KEY, [size], torch.float64)
@@ -297,7 +298,7 @@ def test_uniforms(implementation):
     integers = mk.philox_integers((20_000,), KEY)
     assert integers.min() >= 0 and integers.max() < 2**32
     exact = integers.double() / 2**32
-    for dtype in ops.DTYPES:
+    for dtype in DTYPES:
         uniform = mk.philox_uniform((20_000,), KEY, dtype=dtype).double()
         step = 2.0 ** -reference.DIGITS[dtype]
         assert torch.equal(uniform, (exact / step).floor() * step) and uniform.max() < 1

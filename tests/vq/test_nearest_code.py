@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import mmgen_kernels as mk
 from mmgen_kernels import battery
 from mmgen_kernels.battery.vq.data import DATA_SETS, add_ulps, randint, randn
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.vq import ops, reference
 
 
@@ -172,8 +173,8 @@ def test_first_of_many_ties_is_not_finite(implementation, broken):
     assert mk.nearest_code(x[-1:], codebook).tolist() == [1]
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES)
-@pytest.mark.parametrize("other", ops.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
 def test_every_pair_of_dtypes(implementation, dtype, other):
     x, codebook = DATA_SETS["gaussian"](29, 31, 6, dtype, other)
     assert torch.equal(mk.nearest_code(x, codebook), by_hand(x, codebook, "l2"))
@@ -213,7 +214,7 @@ def test_gaps_of_one_ulp(scale, offset, metric):
     heads=st.integers(0, 3),
     codes=st.integers(1, 90),
     dim=st.integers(1, 40),
-    dtypes=st.tuples(st.sampled_from(ops.DTYPES), st.sampled_from(ops.DTYPES)),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     metric=st.sampled_from(ops.METRICS),
     layout=st.sampled_from(("contiguous", "channels_first", "strided", "expanded")),
     masked=st.booleans(),
@@ -246,7 +247,7 @@ def test_shapes(leading, heads, codes, dim, dtypes, metric, layout, masked, grid
 @given(
     sizes=st.tuples(st.integers(1, 80), st.integers(1, 300), st.integers(1, 100)),
     data=st.sampled_from(list(DATA_SETS)),
-    dtypes=st.tuples(st.sampled_from(ops.DTYPES), st.sampled_from(ops.DTYPES)),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     metric=st.sampled_from(ops.METRICS),
     scale=st.tuples(st.integers(-30, 30), st.integers(-30, 30)),
 )

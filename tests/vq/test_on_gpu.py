@@ -6,6 +6,7 @@ import torch
 import mmgen_kernels as mk
 from mmgen_kernels import backends
 from mmgen_kernels.battery.vq.data import DATA_SETS, rand, randn
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.library import OPERATORS
 from mmgen_kernels.vq import ops, reference
 
@@ -36,7 +37,7 @@ def test_the_definition(sizes, data, metric, implementation):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_heads_and_mask(dtype, implementation):
     x, codebook, mask = randn(3, 500, 12, seed=1).to(dtype), randn(3, 700, 12, seed=2).to(dtype), rand(3, 500, seed=3) < 0.7
     assert torch.equal(on_gpu(implementation, x, codebook, mask=mask), truth(x, codebook, mask=mask))

@@ -9,6 +9,7 @@ from test_residual_quantize import IMPLEMENTATIONS, assert_same, inputs
 import mmgen_kernels as mk
 from mmgen_kernels.battery.vq.data import randn
 from mmgen_kernels.battery.vq.residual_quantize import gaussian
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.library import OPERATORS
 from mmgen_kernels.vq import ops, reference
 
@@ -90,7 +91,7 @@ def test_rotation_turns_from_x_to_the_sum(implementation):
     torch.testing.assert_close(gradient, s.square() * x.detach(), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(ops.DTYPES, ops.DTYPES)), ids=lambda p: "-".join(str(d)[6:] for d in p))
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda p: "-".join(str(d)[6:] for d in p))
 def test_dtypes_of_everything(implementation, dtypes):
     x, codebooks = (t.requires_grad_() for t in gaussian(9, 5, 4, dtypes, levels=2))
     out = mk.residual_quantize(x, codebooks, statistics=True)

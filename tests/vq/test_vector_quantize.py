@@ -11,6 +11,7 @@ import mmgen_kernels as mk
 from mmgen_kernels import battery
 from mmgen_kernels.battery.vq.data import DATA_SETS, randn
 from mmgen_kernels.battery.vq.vector_quantize import RUNS, same_bits
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.vq import ops, reference
 
 IMPLEMENTATIONS = battery.implementations("vector_quantize", torch.device("cpu"))
@@ -181,7 +182,7 @@ def test_no_gradient_mode(implementation):
     assert not mk.vector_quantize(x, codebook).indices.requires_grad
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(ops.DTYPES, ops.DTYPES)), ids=lambda p: "-".join(str(d)[6:] for d in p))
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=lambda p: "-".join(str(d)[6:] for d in p))
 def test_dtypes_of_everything(implementation, dtypes):
     x, codebook = (t.requires_grad_() for t in DATA_SETS["gaussian"](9, 5, 4, *dtypes))
     out = mk.vector_quantize(x, codebook)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Case, Dtypes, Outcome, on_other_threads, tolerance
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.philox import reference
-from mmgen_kernels.philox.ops import DTYPES
 
 ULPS = {torch.float32: 6, torch.float64: 16}  # of a normal; fp16 and bf16: an fp32 normal rounded once
 KEYS = {

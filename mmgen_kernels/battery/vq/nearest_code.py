@@ -13,8 +13,9 @@ from torch import Tensor
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Case, Outcome, on_other_threads
 from mmgen_kernels.battery.vq.data import DATA_SETS, rand
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.vq import reference
-from mmgen_kernels.vq.ops import DTYPES, METRICS
+from mmgen_kernels.vq.ops import METRICS
 
 SAME = tuple((d, d) for d in DTYPES)
 MIXED = (

@@ -1,6 +1,6 @@
 """The public functions of the family: what they compute, what they check, their schemas and fakes."""
 
-from mmgen_kernels.vq.ops.checks import DTYPES, FAMILY, GRADIENTS, METRICS, PRECISIONS
+from mmgen_kernels.vq.ops.checks import FAMILY, GRADIENTS, METRICS, PRECISIONS
 from mmgen_kernels.vq.ops.codebook import (
     CodeStatistics,
     KMeansOutput,
@@ -15,7 +15,6 @@ from mmgen_kernels.vq.ops.lookup import VQOutput, nearest_code, vector_quantize
 from mmgen_kernels.vq.ops.residual import RVQOutput, residual_quantize
 
 __all__ = [
-    "DTYPES",
     "FAMILY",
     "GRADIENTS",
     "METRICS",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmgen_kernels.checks import check_choice, check_device, check_floats
+
 FAMILY = "vq"
 METRICS = ("l2", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
 GRADIENTS = ("straight_through", "rotation")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_CODES = 2**31 - 1
 
 
 def check_lookup(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> None:
-    check_vectors("x", x)
+    check_floats("x", x)
     check_codebook(codebook)
     if x.dim() < codebook.dim() - 1:
         raise ValueError(f"x must be (H, ..., D) for a codebook (H, K, D), got shape {tuple(x.shape)}")
@@ -28,15 +29,8 @@ def check_lookup(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, 
     check_choice("precision", precision, PRECISIONS)
 
 
-def check_vectors(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
-
-
 def check_codebook(codebook: Tensor, name: str = "codebook") -> None:
-    check_vectors(name, codebook)
+    check_floats(name, codebook)
     if codebook.dim() not in (2, 3):
         raise ValueError(f"{name} must be (K, D) or (H, K, D), got shape {tuple(codebook.shape)}")
     if not 1 <= codebook.shape[-2] <= MAX_CODES:
@@ -69,20 +63,5 @@ def check_key(key: Tensor, device: torch.device) -> None:
         raise ValueError(f"key must be on x's device {device}, got {key.device}")
 
 
-def check_device(name: str, tensor: Tensor, other: str, than: Tensor) -> None:
-    if tensor.device != than.device:
-        raise ValueError(f"{name} must be on {other}'s device {than.device}, got {tensor.device}")
-
-
 def check_gradient(gradient: str) -> None:
     check_choice("gradient", gradient, GRADIENTS)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_number(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -8,18 +8,15 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels import backends, library
+from mmgen_kernels.checks import check_choice, check_device, check_floats, check_number
 from mmgen_kernels.vq import reference
 from mmgen_kernels.vq.ops.checks import (
     FAMILY,
     MAX_CODES,
-    check_choice,
     check_codebook,
-    check_device,
     check_indices,
     check_key,
     check_mask,
-    check_number,
-    check_vectors,
 )
 from mmgen_kernels.vq.ops.lookup import nearest_code
 
@@ -100,7 +97,7 @@ def code_statistics(
 
     Source: the M step of Lloyd 1982; its use in codebooks: van den Oord et al. 2017, appendix A.1.
     """
-    check_vectors("x", x)
+    check_floats("x", x)
     check_indices(indices)
     check_device("indices", indices, "x", x)
     if not isinstance(heads, bool):
@@ -206,7 +203,7 @@ def replace_dead_codes_(
     Source: Williams et al., Hierarchical Quantized Autoencoders, 2020, "random restarts"; the draw without replacement is ours.
     """
     check_trained(codebook, cluster_size, code_sum)
-    check_vectors("x", x)
+    check_floats("x", x)
     if x.dim() < codebook.dim() - 1 or x.shape[-1] != codebook.shape[-1]:
         raise ValueError(f"x must hold rows of codebook {tuple(codebook.shape)}, got shape {tuple(x.shape)}")
     if codebook.dim() == 3 and len(x) != len(codebook):
@@ -262,7 +259,7 @@ def kmeans(
 
     Source: Lloyd, Least squares quantization in PCM, 1982.
     """
-    check_vectors("x", x)
+    check_floats("x", x)
     check_flag("heads", heads)
     if x.dim() < 1 + heads or x.shape[-1] < 1:
         raise ValueError(f"x must be {'(H, ..., D)' if heads else '(..., D)'} with D >= 1, got shape {tuple(x.shape)}")
@@ -320,7 +317,7 @@ def check_trained(codebook: Tensor, cluster_size: Tensor, code_sum: Tensor) -> N
         ("cluster_size", cluster_size, codebook.shape[:-1]),
         ("code_sum", code_sum, codebook.shape),
     ):
-        check_vectors(name, tensor)
+        check_floats(name, tensor)
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
         check_device(name, tensor, "codebook", codebook)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels import backends, library
+from mmgen_kernels.checks import check_number
 from mmgen_kernels.vq import reference
-from mmgen_kernels.vq.ops.checks import FAMILY, check_gradient, check_lookup, check_number
+from mmgen_kernels.vq.ops.checks import FAMILY, check_gradient, check_lookup
 
 LAUNCHERS = {"cuda": "mmgen_kernels.vq.cuda", "triton": "mmgen_kernels.vq.triton_kernels"}
 

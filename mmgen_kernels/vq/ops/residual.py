@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels import backends, library
+from mmgen_kernels.checks import check_choice, check_device, check_floats, check_number
 from mmgen_kernels.vq import reference
 from mmgen_kernels.vq.ops.checks import (
     FAMILY,
     METRICS,
     PRECISIONS,
-    check_choice,
     check_codebook,
-    check_device,
     check_gradient,
     check_mask,
-    check_number,
-    check_vectors,
 )
 
 
@@ -87,7 +84,7 @@ def residual_quantize(
     """
     joined, sizes = join_codebooks(codebooks)
     num_levels = len(sizes) or joined.shape[0]
-    check_vectors("x", x)
+    check_floats("x", x)
     if x.dim() < 1 or x.shape[-1] != joined.shape[-1]:
         raise ValueError(f"x must be (..., D) with the codebooks' D = {joined.shape[-1]}, got shape {tuple(x.shape)}")
     check_device("codebooks", joined, "x", x)
