@@ -1,6 +1,7 @@
 """Fused operations for multimodal generative models."""
 
 from mmgen_kernels import backends, nn
+from mmgen_kernels.attn.ops import AttentionOutput, attention
 from mmgen_kernels.backends import backend_report, use_backend
 from mmgen_kernels.modulation.ops import adaln, gate_residual, gate_residual_adaln
 from mmgen_kernels.patching import patch
@@ -24,12 +25,14 @@ from mmgen_kernels.vq.ops import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionOutput",
     "CodeEntropy",
     "CodeStatistics",
     "KMeansOutput",
     "RVQOutput",
     "VQOutput",
     "adaln",
+    "attention",
     "backend_report",
     "code_entropy",
     "code_statistics",

@@ -27,7 +27,7 @@ DEVICES = {
     "torch": ("cpu", "cuda"),
     "cpp": ("cpu",),
 }
-FAMILIES = ("vq", "modulation", "philox")
+FAMILIES = ("vq", "modulation", "attn", "philox")
 # Serve who asks for them, and nobody else: the interpreter and the compiler see neither races nor miscompiled code.
 BY_NAME_ONLY = {
     "cuda": 'tested by g++ and compiled by nvcc, not yet on a GPU; use_backend("cuda") asks for it',
@@ -151,7 +151,7 @@ def use_backend(implementation: str, family: str | None = None) -> Iterator[None
 
     Args:
         implementation: cuda, triton, torch, cpp or reference.
-        family: vq, modulation or philox; None means every family.
+        family: vq, modulation, attn or philox; None means every family.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")

@@ -1,0 +1,1 @@
+"""Attention: softmax(q k^T) v without the matrix between them, forward and deterministic backward."""

@@ -1,0 +1,84 @@
+"""What the public functions of the family refuse. Metadata only: a look at a value would stop the GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmgen_kernels.checks import check_device, check_floats, check_number
+
+FAMILY = "attn"
+MAX_HEAD_DIM = 256
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    check_floats("q", q)
+    dims, shape = (3, "(N, H, D) with cu_seqlens_q") if packed else (4, "(B, T, H, D)")
+    for name, tensor in (("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+        check_device(name, tensor, "q", q)
+    if q.dim() != dims:
+        raise ValueError(f"q must be {shape}, got shape {tuple(q.shape)}")
+    head_dim = q.shape[-1]
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q must have a head dimension that is a multiple of 8, up to {MAX_HEAD_DIM}, got {head_dim}")
+    if k.dim() != dims or k.shape[-1] != head_dim or k.shape[: dims - 3] != q.shape[: dims - 3]:
+        wanted = f"(M, G, {head_dim})" if packed else f"({q.shape[0]}, S, G, {head_dim})"
+        raise ValueError(f"k must be {wanted}, got shape {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    heads, groups = q.shape[-2], k.shape[-2]
+    if groups < 1 or heads < 1 or heads % groups:
+        raise ValueError(f"k must have a number of heads that divides q's {heads}, got {groups}")
+
+
+def as_bias(bias: Tensor | None, q: Tensor, k: Tensor, packed: bool) -> Tensor | None:
+    """(1 or B, 1 or H, 1 or T, 1 or S)."""
+    if bias is None:
+        return None
+    check_floats("bias", bias)
+    if packed:
+        raise ValueError("bias must be None with cu_seqlens_q: packed sequences have no common (T, S)")
+    check_device("bias", bias, "q", q)
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if bias.dim() > 4 or any(size not in (1, f) for size, f in zip(reversed(bias.shape), reversed(full), strict=False)):
+        raise ValueError(f"bias must broadcast to (B, H, T, S) = {full}, got shape {tuple(bias.shape)}")
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def check_key_lengths(key_lengths: Tensor | None, q: Tensor, packed: bool) -> None:
+    if key_lengths is None:
+        return
+    if packed:
+        raise ValueError("key_lengths must be None with cu_seqlens_q, which bounds the keys already")
+    check_integers("key_lengths", key_lengths, q)
+    if key_lengths.shape != q.shape[:1]:
+        raise ValueError(f"key_lengths must be ({q.shape[0]},), a number for each sample, got shape {tuple(key_lengths.shape)}")
+
+
+def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor) -> None:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+            missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+            raise ValueError(f"{missing} must be given where the other is, got None")
+        return
+    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_integers(name, tensor, q)
+        if tensor.dim() != 1 or tensor.shape[0] < 1:
+            raise ValueError(f"{name} must be (C + 1,) for C sequences, got shape {tuple(tensor.shape)}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}")
+
+
+def check_integers(name: str, tensor: Tensor, q: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    check_device(name, tensor, "q", q)
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    check_number("scale", scale)
+    return float(scale)
