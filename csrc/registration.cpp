@@ -1,6 +1,7 @@
 // The operator implementations that C++ brings. Their schemas are in Python (mmgen_kernels/library.py).
 #include <torch/csrc/stable/library.h>
 
+#include "attn/attention.h"
 #include "modulation/modulation.h"
 #include "philox/tensors.h"
 #include "vq/code_entropy.h"
@@ -29,6 +30,8 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("gate_residual_backward", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_backward_cpu));
   m.impl("gate_residual_adaln", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_adaln_cpu));
   m.impl("gate_residual_adaln_backward", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_adaln_backward_cpu));
+  m.impl("attention", TORCH_BOX(&mmgen_kernels::attn::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&mmgen_kernels::attn::attention_backward_cpu));
   m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cpu));
   m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cpu));
   m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cpu));

@@ -1,21 +1,6 @@
-#include <immintrin.h>
-
 #include "modulation/kernels.h"
+#include "simd/lanes_avx2.h"
 
 namespace mmgen_kernels::modulation {
-namespace {
-
-struct Lanes : simd::Vectors<float, 32>, simd::Words<8> {
-  static Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-  static Vec from_bf16(Half h) { return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16); }
-  static Half to_bf16(Vec v) {
-    const __m256i bits = (__m256i)bf16_bits(v), packed = _mm256_packus_epi32(bits, bits);  // within each half
-    return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
-  }
-  static Vec from_half(Half h) { return _mm256_cvtph_ps((__m128i)h); }
-  static Half to_half(Vec v) { return (Half)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-};
-
-}  // namespace
-const Kernels<float> avx2_kernels = kernels<Lanes>();
+const Kernels<float> avx2_kernels = kernels<simd::LanesAvx2>();
 }  // namespace mmgen_kernels::modulation

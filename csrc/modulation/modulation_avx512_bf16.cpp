@@ -1,10 +1,10 @@
 #include "modulation/kernels.h"
-#include "modulation/lanes_avx512.h"
+#include "simd/lanes_avx512.h"
 
 namespace mmgen_kernels::modulation {
 namespace {
 
-struct Lanes : LanesAvx512 {
+struct Lanes : simd::LanesAvx512 {
   // One instruction for six. It makes subnormal results 0: docs/modulation.md says so.
   static Half to_bf16(Vec v) { return (Half)_mm512_cvtneps_pbh(v); }
 };

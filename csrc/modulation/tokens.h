@@ -2,8 +2,6 @@
 // them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -14,7 +12,7 @@
 #include "aligned.h"
 #include "modulation/modulation.h"
 #include "modulation/tables.h"
-#include "torch_floats.h"
+#include "torch_tensors.h"
 
 namespace mmgen_kernels::modulation {
 
@@ -22,12 +20,6 @@ template <class T>
 using Buffer = std::vector<T, Aligned<T>>;
 
 enum Name { gate, shift, scale, shift_2, scale_2, vectors };  // in the order of the arguments, which is that of the table's rows
-
-// A tensor whose channels lie side by side; one that has others is copied once.
-inline Tensor with_dense_channels(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
 
 // (B, T, D), read by token number b T + t.
 struct Activations {
@@ -225,14 +217,5 @@ class Prepared {
   Buffer<Real> wide[vectors], slopes, factors[2], offsets[2];
   int64_t begin = 0, end = 0;  // of tokens that have these vectors
 };
-
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-inline Tensor empty_as(const Tensor& like) {
-  const auto sizes = like.sizes();
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.end()}, like.scalar_type());
-}
-inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 
 }  // namespace mmgen_kernels::modulation

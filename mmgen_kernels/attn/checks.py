@@ -65,10 +65,11 @@ def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, q
         return
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_integers(name, tensor, q)
-        if tensor.dim() != 1 or tensor.shape[0] < 1:
-            raise ValueError(f"{name} must be (C + 1,) for C sequences, got shape {tuple(tensor.shape)}")
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}")
+        shape = tuple(tensor.shape)
+        if len(shape) != 1 or shape[0] < 1:
+            raise ValueError(f"{name} must be (C + 1,) for C sequences, got shape {shape}")
+        if shape != (wanted := tuple(cu_seqlens_q.shape)):
+            raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's shape {wanted}, got {shape}")
 
 
 def check_integers(name: str, tensor: Tensor, q: Tensor) -> None:

@@ -96,7 +96,8 @@ def softmax(queries: Tensor, keys: Tensor, seen: Tensor | None, bias: Tensor | N
     if seen is not None:
         logits = logits.masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(-1)
-    return (logits - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp(), lse
+    blind = (lse == -torch.inf).unsqueeze(-1)
+    return logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0), lse
 
 
 def visible(

@@ -1,0 +1,222 @@
+// attention on the CPU, backward: a thread takes all heads that read one head of keys, so that every sum is one thread's, in the
+// order of queries and keys. The gradient of the bias has a pass of its own, as others share it.
+#include "attn/problem.h"
+#include "parallel.h"
+
+namespace mmgen_kernels::attn {
+namespace {
+
+// Upstream gradients and what the forward left.
+template <class Real>
+struct Upstream {
+  Tokens grad_out, out;
+  const Real* lse;       // (B, H, T)
+  Tensor grad_lse;       // the same, or none
+  const Real* of_lse;
+
+  Upstream(const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Optional& grad_lse)
+      : grad_out(grad_out), out(out), lse(static_cast<const Real*>(lse.const_data_ptr())),
+        grad_lse(grad_lse ? torch::stable::contiguous(*grad_lse) : lse),
+        of_lse(grad_lse ? static_cast<const Real*>(this->grad_lse.const_data_ptr()) : nullptr) {}
+};
+
+// A head's queries as the backward reads them: scaled, with upstream gradients, lse, and inner product of weights and their gradients,
+// which is out . grad_out.
+template <class Real>
+struct Queries {
+  Buffer<Real> q, grad_out, lse, grad_lse, inner;
+
+  void read(const Problem<Real>& p, const Upstream<Real>& up, const Piece& piece, int64_t head, int64_t begin, int64_t count) {
+    const int64_t first = piece.q_begin + begin;
+    for (Buffer<Real>* panel : {&q, &grad_out, &out}) panel->resize(std::max<int64_t>(panel->size(), count * p.ld));
+    for (Buffer<Real>* column : {&lse, &grad_lse, &inner}) column->resize(std::max<int64_t>(column->size(), count));
+    p.panel(p.q, piece.b, first, count, head, static_cast<Real>(p.scale), q.data());
+    p.panel(up.grad_out, piece.b, first, count, head, Real(1), grad_out.data());
+    p.panel(up.out, piece.b, first, count, head, Real(1), out.data());
+    p.kernels.dots(count, grad_out.data(), out.data(), p.ld, inner.data());
+    const int64_t at = (piece.b * p.q.heads + head) * p.q.length + first;
+    std::copy_n(up.lse + at, count, lse.data());
+    if (up.of_lse) std::copy_n(up.of_lse + at, count, grad_lse.data());
+    else std::fill_n(grad_lse.data(), count, Real(0));
+  }
+
+ private:
+  Buffer<Real> out;
+};
+
+// A block of keys and values, and of weights and gradients of the logits that some queries have with it.
+template <class Real>
+struct Block {
+  Buffer<Real> keys, transposed_keys, transposed_values, weights, grad_logits;
+
+  explicit Block(const Problem<Real>& p)
+      : keys(block_keys * p.ld), transposed_keys(block_keys * p.dim), transposed_values(block_keys * p.dim),
+        weights(std::min(block_queries, p.q.length) * block_keys), grad_logits(weights.size()) {}
+
+  void read(const Problem<Real>& p, const Piece& piece, int64_t group, int64_t j, int64_t count) {
+    p.panel(p.v, piece.b, piece.k_begin + j, count, group, Real(1), keys.data());
+    p.kernels.transpose(keys.data(), count, p.dim, p.ld, transposed_values.data());
+    p.panel(p.k, piece.b, piece.k_begin + j, count, group, Real(1), keys.data());
+    p.kernels.transpose(keys.data(), count, p.dim, p.ld, transposed_keys.data());
+  }
+
+  // Of queries t to t + `count` of the piece, which lie in `of` from row `row` on.
+  void differentiate(const Problem<Real>& p, const Piece& piece, int64_t head, int64_t t, int64_t count, int64_t j, int64_t keys,
+                     const Queries<Real>& of, int64_t row) {
+    p.logits(piece, head, t, count, j, keys, of.q.data() + row * p.ld, transposed_keys.data(), weights.data());
+    p.inner_products(count, keys, of.grad_out.data() + row * p.ld, transposed_values.data(), grad_logits.data());
+    for (int64_t i = 0; i < count; ++i)
+      p.kernels.differentiate(weights.data() + i * block_keys, grad_logits.data() + i * block_keys, of.lse[row + i], of.inner[row + i],
+                              of.grad_lse[row + i], p.seen(t + i, j, keys));
+  }
+};
+
+template <class Real>
+struct Gradients {
+  Tensor q, k, v;
+};
+
+template <class Real>
+class Backward {
+ public:
+  Backward(const Problem<Real>& problem, const Upstream<Real>& up, const Gradients<Real>& grads)
+      : p(problem), up(up), of(grads), grad_q(of.q), grad_k(of.k), grad_v(of.v), block(problem) {}
+
+  void operator()(const Piece& piece, int64_t group) {
+    sum_q.resize(piece.queries * p.ld);
+    for (Buffer<Real>* sum : {&sum_k, &sum_v}) sum->assign(piece.keys * p.ld, Real(0));
+    for (int64_t head = group * p.group; head < (group + 1) * p.group; ++head) {
+      queries.read(p, up, piece, head, 0, piece.queries);
+      std::fill(sum_q.begin(), sum_q.end(), Real(0));
+      for (int64_t j = 0; j < piece.keys; j += block_keys) one_block(piece, group, head, j);
+      write(grad_q, piece.b, piece.q_begin, piece.queries, head, static_cast<Real>(p.scale), sum_q);
+    }
+    write(grad_k, piece.b, piece.k_begin, piece.keys, group, Real(1), sum_k);
+    write(grad_v, piece.b, piece.k_begin, piece.keys, group, Real(1), sum_v);
+    for (Buffer<Real>* sum : {&sum_k, &sum_v}) sum->assign(piece.unseen * p.ld, Real(0));
+    write(grad_k, piece.b, piece.k_begin + piece.keys, piece.unseen, group, Real(1), sum_k);
+    write(grad_v, piece.b, piece.k_begin + piece.keys, piece.unseen, group, Real(1), sum_v);
+  }
+
+ private:
+  void one_block(const Piece& piece, int64_t group, int64_t head, int64_t j) {
+    const int64_t count = std::min(block_keys, piece.keys - j);
+    const int64_t blind = p.causal ? std::min(j, piece.queries) / block_queries * block_queries : 0;  // these queries come before them
+    block.read(p, piece, group, j, count);
+    const auto add = [&](int64_t m, int64_t k, const Buffer<Real>& a, int64_t a_row, int64_t a_column, const Real* b, Real* sum) {
+      p.kernels.multiply(m, p.ld, k, a.data(), a_row, a_column, b, p.ld, sum, p.ld, true);
+    };
+    for (int64_t t = blind; t < piece.queries; t += block_queries) {
+      const int64_t rows = std::min(block_queries, piece.queries - t);
+      block.differentiate(p, piece, head, t, rows, j, count, queries, t);
+      add(count, rows, block.weights, 1, block_keys, queries.grad_out.data() + t * p.ld, sum_v.data() + j * p.ld);
+      add(count, rows, block.grad_logits, 1, block_keys, queries.q.data() + t * p.ld, sum_k.data() + j * p.ld);
+      add(rows, count, block.grad_logits, block_keys, 1, block.keys.data(), sum_q.data() + t * p.ld);
+    }
+  }
+
+  void write(const Tokens& to, int64_t b, int64_t begin, int64_t count, int64_t head, Real factor, const Buffer<Real>& sum) const {
+    if (to.tensor.numel() == 0) return;  // nobody asked for it
+    for (int64_t i = 0; i < count; ++i) p.kernels.narrow[to.dtype](sum.data() + i * p.ld, factor, p.dim, to.row(b, begin + i, head));
+  }
+
+  const Problem<Real>& p;
+  const Upstream<Real>& up;
+  const Gradients<Real>& of;
+  Tokens grad_q, grad_k, grad_v;
+  Queries<Real> queries;
+  Block<Real> block;
+  Buffer<Real> sum_q, sum_k, sum_v;
+};
+
+// The gradient of the bias sums over what the bias was broadcast over, samples first, then heads, queries and keys, in that order.
+// A thread takes some rows of the bias as it is.
+template <class Real>
+class BiasGradient {
+ public:
+  BiasGradient(const Problem<Real>& problem, const Upstream<Real>& up, const Tensor& grad)
+      : p(problem), up(up), grad(grad), block(problem), sums(std::min(block_queries, p.q.length) * p.k.length) {}
+
+  void operator()(int64_t b, int64_t h, int64_t begin, int64_t count) {
+    const bool for_all_samples = grad.size(0) == 1, for_all_heads = grad.size(1) == 1, for_all_queries = grad.size(2) == 1;
+    const int64_t S = p.k.length;
+    std::fill(sums.begin(), sums.end(), Real(0));
+    for (int64_t sample = for_all_samples ? 0 : b; sample < (for_all_samples ? p.q.samples : b + 1); ++sample)
+      for (int64_t head = for_all_heads ? 0 : h; head < (for_all_heads ? p.q.heads : h + 1); ++head)
+        for (int64_t t = for_all_queries ? 0 : begin; t < (for_all_queries ? p.q.length : begin + count); t += block_queries)
+          add(p.pieces[sample], head, t, std::min(block_queries, p.q.length - t), for_all_queries);
+    const int64_t rows = for_all_queries ? 1 : count, columns = grad.size(3), bytes = grad.element_size();
+    const int dtype = static_cast<int>(float_of(grad.scalar_type()));
+    auto* to = static_cast<char*>(grad.mutable_data_ptr()) + (((b * grad.size(1) + h) * grad.size(2)) + begin) * columns * bytes;
+    for (int64_t i = 0; i < rows; ++i) {
+      Real* row = sums.data() + i * S;
+      if (columns == 1) row[0] = static_cast<Real>(p.kernels.total(row, S));
+      p.kernels.narrow[dtype](row, Real(1), columns, to + i * columns * bytes);
+    }
+  }
+
+ private:
+  void add(const Piece& piece, int64_t head, int64_t t, int64_t count, bool in_one_row) {
+    count = std::min(count, piece.queries - t);
+    queries.read(p, up, piece, head, t, count);
+    for (int64_t j = 0; j < piece.keys; j += block_keys) {
+      const int64_t keys = std::min(block_keys, piece.keys - j);
+      block.read(p, piece, head / p.group, j, keys);
+      block.differentiate(p, piece, head, t, count, j, keys, queries, 0);
+      for (int64_t i = 0; i < count; ++i) {
+        Real* sum = sums.data() + (in_one_row ? 0 : i) * p.k.length + j;
+        const Real* row = block.grad_logits.data() + i * block_keys;
+        for (int64_t s = 0; s < keys; ++s) sum[s] += row[s];
+      }
+    }
+  }
+
+  const Problem<Real>& p;
+  const Upstream<Real>& up;
+  Tensor grad;
+  Queries<Real> queries;
+  Block<Real> block;
+  Buffer<Real> sums;
+};
+
+template <class Real>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem<Real>& p, const Upstream<Real>& up, const Optional& bias,
+                                                    const bool (&needed)[4]) {
+  const auto grad_of = [&](int i, const Tensor& t) { return needed[i] ? empty_as(t) : empty(t, {0}, t.scalar_type()); };
+  const auto four = [](const Tensor& t) { return t.dim() == 4 ? t : torch::stable::new_empty(t, {0, 0, 0, 0}, t.scalar_type()); };
+  Tensor grad_q = grad_of(0, p.q.tensor), grad_k = grad_of(1, p.k.tensor), grad_v = grad_of(2, p.v.tensor);
+  const Gradients<Real> grads{four(grad_q), four(grad_k), four(grad_v)};
+  const auto pieces = static_cast<int64_t>(p.pieces.size());
+  if (needed[0] || needed[1] || needed[2])
+    parallel_on_demand(pieces * p.k.heads, [&] {
+      return [&, worker = Backward<Real>(p, up, grads)](int64_t i) mutable { worker(p.pieces[i / p.k.heads], i % p.k.heads); };
+    });
+  if (!needed[3] || !bias) return {grad_q, grad_k, grad_v, empty(p.q.tensor, {0}, p.q.tensor.scalar_type())};
+  const Tensor grad_bias = empty_as(*bias);
+  const int64_t heads = grad_bias.size(1), rows = grad_bias.size(2), row_blocks = (rows + block_queries - 1) / block_queries;
+  if (grad_bias.numel() > 0)
+    parallel_on_demand(grad_bias.size(0) * heads * row_blocks, [&] {
+      return [&, worker = BiasGradient<Real>(p, up, grad_bias)](int64_t i) mutable {
+        const int64_t begin = i % row_blocks * block_queries;
+        worker(i / row_blocks / heads, i / row_blocks % heads, begin, std::min(block_queries, rows - begin));
+      };
+    });
+  return {grad_q, grad_k, grad_v, grad_bias};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Optional& grad_out, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias,
+    const Optional& key_lengths, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, const Tensor& out, const Tensor& lse,
+    bool causal, double scale, bool, bool need_grad_q, bool need_grad_k, bool need_grad_v, bool need_grad_bias) {
+  const bool needed[] = {need_grad_q, need_grad_k, need_grad_v, need_grad_bias};
+  Tensor upstream = grad_out ? *grad_out : zeros_as(q);
+  const auto run = [&]<class Real>(Real) {
+    const Problem<Real> problem(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale);
+    return backward(problem, Upstream<Real>(upstream, out, torch::stable::contiguous(lse), grad_lse), bias, needed);
+  };
+  return is_double(q) ? run(double()) : run(float());
+}
+
+}  // namespace mmgen_kernels::attn

@@ -1,0 +1,231 @@
+// The inner loops of the family, written once over GCC's vectors; each attention_<instruction set>.cpp instantiates them.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "attn/tables.h"
+#include "simd/storage.h"
+
+namespace mmgen_kernels::attn {
+namespace {  // internal linkage: compiled once per instruction set, and the copies must not be merged
+
+using simd::Bf16;
+using simd::Fp16;
+
+#define ALWAYS_INLINE __attribute__((always_inline))
+
+// c (R, NV vectors) = or += a (R, k) b (k, NV vectors): the sums stay in registers, of which b's vectors and one element of a take
+// the rest.
+template <class Lanes, int R, int NV>
+void multiply_block(int64_t k, const typename Lanes::Real* a, int64_t a_row, int64_t a_column, const typename Lanes::Real* b,
+                    int64_t b_row, typename Lanes::Real* c, int64_t c_row, bool add) {
+  using Real = typename Lanes::Real;
+  using Vec = typename Lanes::Vec;
+  constexpr int W = Lanes::width;
+  Vec sum[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sum[r][v] = Vec{};
+  for (int64_t j = 0; j < k; ++j) {
+    Vec of_b[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) of_b[v] = Lanes::load(b + j * b_row + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec of_a = Lanes::broadcast(a[r * a_row + j * a_column]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sum[r][v] = Lanes::fmadd(of_a, of_b[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      Real* to = c + r * c_row + v * W;
+      Lanes::store(to, add ? Lanes::load(to) + sum[r][v] : sum[r][v]);
+    }
+}
+
+template <class Lanes>
+struct Loops {
+  using Real = typename Lanes::Real;
+  using Vec = typename Lanes::Vec;
+  static constexpr int W = Lanes::width;
+
+  // With 32 registers 5 vectors by 5 rows (80 channels of a head of 72), 4 by 6 (64 keys or channels); with 16, 3 by 4.
+  static constexpr int most_vectors = Lanes::registers == 32 ? 5 : 3;
+  static constexpr int most_rows(int vectors) { return std::min(8, (Lanes::registers - 1 - vectors) / vectors); }
+
+  // -- products
+
+  template <int NV, int R>
+  static void rows(int64_t m, int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b, int64_t b_row, Real* c,
+                   int64_t c_row, bool add) {
+    for (; m >= R; m -= R, a += R * a_row, c += R * c_row)
+      multiply_block<Lanes, R, NV>(k, a, a_row, a_column, b, b_row, c, c_row, add);
+    if constexpr (R > 1) {
+      if (m > 0) rows<NV, R / 2>(m, k, a, a_row, a_column, b, b_row, c, c_row, add);
+    }
+  }
+
+  template <int NV>
+  static void columns(int vectors, int64_t m, int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b,
+                      int64_t b_row, Real* c, int64_t c_row, bool add) {
+    if (vectors == NV) return rows<NV, most_rows(NV)>(m, k, a, a_row, a_column, b, b_row, c, c_row, add);
+    if constexpr (NV > 1) columns<NV - 1>(vectors, m, k, a, a_row, a_column, b, b_row, c, c_row, add);
+  }
+
+  static void multiply(int64_t m, int64_t n, int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b,
+                       int64_t b_row, Real* c, int64_t c_row, bool add) {
+    for (int64_t left = n / W; left > 0;) {  // in pieces of about the same width
+      const int64_t pieces = (left + most_vectors - 1) / most_vectors, vectors = (left + pieces - 1) / pieces;
+      columns<most_vectors>(static_cast<int>(vectors), m, k, a, a_row, a_column, b, b_row, c, c_row, add);
+      left -= vectors, b += vectors * W, c += vectors * W;
+    }
+  }
+
+  static void transpose(const Real* panel, int64_t keys, int64_t dim, int64_t ld, Real* out) {
+    for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t j = 0; j < keys; ++j) out[d * block_keys + j] = panel[j * ld + d];
+      std::fill(out + d * block_keys + keys, out + (d + 1) * block_keys, Real(0));
+    }
+  }
+
+  // -- rows
+
+  template <class T>
+  static void widen(const void* row, int64_t dim, Real factor, int64_t ld, Real* out) {
+    const T* from = static_cast<const T*>(row);
+    const Vec by = Lanes::broadcast(factor);
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) Lanes::store(out + d, by * simd::load<Lanes, T>(simd::Whole<Lanes>{}, from + d));
+    if (d < dim) Lanes::store(out + d, by * simd::load<Lanes, T>(simd::Part<Lanes>{dim - d}, from + d)), d += W;
+    for (; d < ld; d += W) Lanes::store(out + d, Vec{});
+  }
+
+  template <class T>
+  static void narrow(const Real* row, Real factor, int64_t dim, void* out) {
+    T* to = static_cast<T*>(out);
+    const Vec by = Lanes::broadcast(factor);
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) simd::store<Lanes, T>(simd::Whole<Lanes>{}, to + d, by * Lanes::load(row + d));
+    if (d < dim) simd::store<Lanes, T>(simd::Part<Lanes>{dim - d}, to + d, by * Lanes::load(row + d));
+  }
+
+  static void scale(Real* row, Real factor, int64_t ld) {
+    const Vec by = Lanes::broadcast(factor);
+    for (int64_t d = 0; d < ld; d += W) Lanes::store(row + d, by * Lanes::load(row + d));
+  }
+
+  // In fp64: its error is shared by the gradients of all logits of a query, and does not average out.
+  static void dots(int64_t rows, const Real* a, const Real* b, int64_t ld, Real* out) {
+    using Wide = typename Lanes::Wide;
+    for (int64_t i = 0; i < rows; ++i, a += ld, b += ld) {
+      Wide sum{};
+      for (int64_t d = 0; d < ld; d += W)
+        sum += __builtin_convertvector(Lanes::load(a + d), Wide) * __builtin_convertvector(Lanes::load(b + d), Wide);
+      double all = 0;
+      for (int lane = 0; lane < W; ++lane) all += sum[lane];
+      out[i] = static_cast<Real>(all);
+    }
+  }
+
+  static double total(const Real* row, int64_t keys) {
+    double sum = 0;
+    for (int64_t j = 0; j < keys; ++j) sum += row[j];
+    return sum;
+  }
+
+  // -- softmax
+
+  template <class T>
+  static void add_bias(Real* logits, const void* bias, bool one, int64_t keys) {
+    const T* from = static_cast<const T*>(bias);
+    if (one) {
+      Real value;
+      simd::Part<Lanes>{1}.template write<Real>(&value, simd::load<Lanes, T>(simd::Part<Lanes>{1}, from));
+      const Vec all = Lanes::broadcast(value);
+      for (int64_t j = 0; j < block_keys; j += W) Lanes::store(logits + j, Lanes::load(logits + j) + all);
+      return;
+    }
+    int64_t j = 0;
+    for (; j + W <= keys; j += W)
+      Lanes::store(logits + j, Lanes::load(logits + j) + simd::load<Lanes, T>(simd::Whole<Lanes>{}, from + j));
+    if (j < keys) Lanes::store(logits + j, Lanes::load(logits + j) + simd::load<Lanes, T>(simd::Part<Lanes>{keys - j}, from + j));
+  }
+
+  static Real highest(Vec v) {  // NaN is passed over: the sum finds it
+    Real lane[W];
+    Lanes::store(lane, v);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+    return lane[0];
+  }
+
+  // What is past `keys` becomes `value`.
+  static void fill_rest(Real* row, int64_t keys, Real value) {
+    for (int64_t j = keys; j < block_keys; ++j) row[j] = value;
+  }
+
+  static Real soften(Real* logits, int64_t keys, Real* maximum, Real* sum) {
+    constexpr Real lowest = -std::numeric_limits<Real>::infinity();
+    fill_rest(logits, keys, lowest);
+    Vec peak = Lanes::broadcast(lowest);
+    for (int64_t j = 0; j < block_keys; j += W) {
+      const Vec x = Lanes::load(logits + j);
+      peak = x > peak ? x : peak;
+    }
+    const Real before = *maximum, now = std::max(before, highest(peak));
+    *maximum = now;
+    // Where nothing was seen yet, not even -inf is subtracted: -inf - -inf is NaN.
+    const Vec subtracted = Lanes::broadcast(now == lowest ? Real(0) : now);
+    Vec added{};
+    for (int64_t j = 0; j < block_keys; j += W) {
+      const Vec weight = simd::exponential<Lanes>(Lanes::load(logits + j) - subtracted);
+      Lanes::store(logits + j, weight);
+      added += weight;
+    }
+    const Real factor = before == now ? Real(1) : static_cast<Real>(std::exp(before - now));
+    *sum = *sum * factor + static_cast<Real>(Lanes::sum(added));
+    return factor;
+  }
+
+  static void differentiate(Real* logits, Real* grad_weights, Real lse, Real inner, Real grad_lse, int64_t keys) {
+    constexpr Real infinity = std::numeric_limits<Real>::infinity();
+    fill_rest(logits, keys, -infinity);
+    const Vec subtracted = Lanes::broadcast(lse == -infinity ? infinity : lse), mean = Lanes::broadcast(inner - grad_lse);
+    for (int64_t j = 0; j < block_keys; j += W) {
+      const Vec weight = simd::exponential<Lanes>(Lanes::load(logits + j) - subtracted);
+      const Vec gradient = weight * (Lanes::load(grad_weights + j) - mean);
+      Lanes::store(logits + j, weight);
+      // A query that sees one key alone has no gradient but that of lse; the difference would be one of roundings.
+      const Vec alone = weight == 1 ? Lanes::broadcast(grad_lse) : gradient;
+      Lanes::store(grad_weights + j, weight == 0 ? Vec{} : alone);
+    }
+  }
+};
+
+#define BY_DTYPE(function) \
+  {Of::template function<double>, Of::template function<float>, Of::template function<Bf16>, Of::template function<Fp16>}
+
+template <class Lanes>
+constexpr Kernels<typename Lanes::Real> kernels() {
+  using Of = Loops<Lanes>;
+  return {.width = Lanes::width,
+          .widen = BY_DTYPE(widen),
+          .narrow = BY_DTYPE(narrow),
+          .transpose = Of::transpose,
+          .multiply = Of::multiply,
+          .add_bias = BY_DTYPE(add_bias),
+          .soften = Of::soften,
+          .differentiate = Of::differentiate,
+          .scale = Of::scale,
+          .dots = Of::dots,
+          .total = Of::total};
+}
+
+}  // namespace
+}  // namespace mmgen_kernels::attn

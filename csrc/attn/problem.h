@@ -1,0 +1,135 @@
+// What a call asks for: where its tokens are, and which of them see each other.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "aligned.h"
+#include "attn/attention.h"
+#include "attn/tables.h"
+#include "torch_tensors.h"
+
+namespace mmgen_kernels::attn {
+
+template <class T>
+using Buffer = std::vector<T, Aligned<T>>;
+
+// (B, T, H, D), read by row.
+struct Tokens {
+  Tensor tensor;  // keeps the data alive
+  char* data;
+  int dtype;
+  int64_t samples, length, heads, dim, bytes;
+
+  explicit Tokens(const Tensor& t) : tensor(with_dense_channels(t)) {
+    data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+    dtype = static_cast<int>(float_of(tensor.scalar_type()));
+    samples = tensor.size(0), length = tensor.size(1), heads = tensor.size(2), dim = tensor.size(3);
+    bytes = tensor.element_size();
+  }
+  char* row(int64_t b, int64_t t, int64_t h) const {
+    return data + (b * tensor.stride(0) + t * tensor.stride(1) + h * tensor.stride(2)) * bytes;
+  }
+};
+
+// (1 or B, 1 or H, 1 or T, 1 or S), added to the logits.
+struct Bias {
+  Tensor tensor;
+  const char* data = nullptr;
+  int dtype = 0;
+  int64_t stride[4] = {}, key_bytes = 0;  // bytes; 0 where the size is 1
+
+  explicit Bias(const Optional& bias) {
+    if (!bias) return;
+    tensor = with_dense_channels(*bias);
+    data = static_cast<const char*>(tensor.const_data_ptr());
+    dtype = static_cast<int>(float_of(tensor.scalar_type()));
+    for (int i = 0; i < 4; ++i) stride[i] = tensor.size(i) == 1 ? 0 : tensor.stride(i) * int64_t(tensor.element_size());
+  }
+  bool given() const { return data; }
+  bool one_for_all_keys() const { return stride[3] == 0; }
+  const char* at(int64_t b, int64_t h, int64_t t, int64_t j) const {
+    return data + b * stride[0] + h * stride[1] + t * stride[2] + j * stride[3];
+  }
+};
+
+// Queries [q_begin, q_begin + queries) of sample b see keys [k_begin, k_begin + keys), and nobody else does; `unseen` keys follow,
+// which no query sees.
+struct Piece {
+  int64_t b, q_begin, queries, k_begin, keys, unseen;
+};
+
+inline int64_t integer_at(const Tensor& t, int64_t i) {
+  const void* data = t.const_data_ptr();
+  return t.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+}
+
+// They cover every query and every key once; bounds out of range or decreasing are clamped.
+inline std::vector<Piece> pieces_of(const Tokens& q, const Tokens& k, const Optional& key_lengths, const Optional& cu_seqlens_q,
+                                    const Optional& cu_seqlens_k) {
+  std::vector<Piece> pieces;
+  const int64_t T = q.length, S = k.length;
+  if (!cu_seqlens_q || !cu_seqlens_k) {
+    Tensor lengths = key_lengths ? torch::stable::contiguous(*key_lengths) : q.tensor;
+    for (int64_t b = 0; b < q.samples; ++b) {
+      const int64_t keys = key_lengths ? std::clamp<int64_t>(integer_at(lengths, b), 0, S) : S;
+      pieces.push_back({b, 0, T, 0, keys, S - keys});
+    }
+    return pieces;
+  }
+  const Tensor of_q = torch::stable::contiguous(*cu_seqlens_q), of_k = torch::stable::contiguous(*cu_seqlens_k);
+  int64_t q_end = std::clamp<int64_t>(integer_at(of_q, 0), 0, T), k_end = std::clamp<int64_t>(integer_at(of_k, 0), 0, S);
+  pieces.push_back({0, 0, q_end, 0, 0, k_end});
+  for (int64_t c = 1; c < of_q.size(0); ++c) {
+    const int64_t q_begin = q_end, k_begin = k_end;
+    q_end = std::clamp(integer_at(of_q, c), q_begin, T), k_end = std::clamp(integer_at(of_k, c), k_begin, S);
+    pieces.push_back({0, q_begin, q_end - q_begin, k_begin, k_end - k_begin, 0});
+  }
+  pieces.push_back({0, q_end, T - q_end, k_end, 0, S - k_end});
+  return pieces;
+}
+
+template <class Real>
+struct Problem {
+  const Kernels<Real>& kernels = kernels_of<Real>(selected());
+  Tokens q, k, v;
+  Bias bias;
+  std::vector<Piece> pieces;
+  bool causal;
+  double scale;
+  int64_t dim, group, ld;  // heads of q for one of k; channels of a row in panels
+
+  Problem(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias, const Optional& key_lengths,
+          const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, bool causal, double scale)
+      : q(q), k(k), v(v), bias(bias), pieces(pieces_of(this->q, this->k, key_lengths, cu_seqlens_q, cu_seqlens_k)), causal(causal),
+        scale(scale), dim(this->q.dim), group(this->q.heads / this->k.heads),
+        ld((dim + kernels.width - 1) / kernels.width * kernels.width) {}
+
+  // Rows [begin, begin + count) of a head as a panel, times `factor`.
+  void panel(const Tokens& of, int64_t b, int64_t begin, int64_t count, int64_t head, Real factor, Real* out) const {
+    for (int64_t i = 0; i < count; ++i) kernels.widen[of.dtype](of.row(b, begin + i, head), dim, factor, ld, out + i * ld);
+  }
+
+  // Logits of `queries` rows of a panel of scaled queries, the first of them number t of its piece, with a block of `keys` keys from
+  // number j on.
+  void logits(const Piece& piece, int64_t head, int64_t t, int64_t queries, int64_t j, int64_t keys, const Real* panel_q,
+              const Real* transposed_k, Real* out) const {
+    inner_products(queries, keys, panel_q, transposed_k, out);
+    if (!bias.given()) return;
+    for (int64_t i = 0; i < queries; ++i)
+      kernels.add_bias[bias.dtype](out + i * block_keys, bias.at(piece.b, head, t + i, j), bias.one_for_all_keys(), keys);
+  }
+  // Of rows of a panel with the columns of a transposed one. Two sums of half as many products err by 0.7 of what one of all does.
+  void inner_products(int64_t rows, int64_t columns, const Real* panel, const Real* transposed, Real* out) const {
+    const int64_t half = dim / 2, padded = (columns + kernels.width - 1) / kernels.width * kernels.width;
+    kernels.multiply(rows, padded, half, panel, ld, 1, transposed, block_keys, out, block_keys, false);
+    kernels.multiply(rows, padded, dim - half, panel + half, ld, 1, transposed + half * block_keys, block_keys, out, block_keys, true);
+  }
+
+  // How many keys of a block from j on the query number t of its piece sees.
+  int64_t seen(int64_t t, int64_t j, int64_t keys) const { return causal ? std::clamp<int64_t>(t + 1 - j, 0, keys) : keys; }
+};
+
+}  // namespace mmgen_kernels::attn

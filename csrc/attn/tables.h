@@ -1,0 +1,68 @@
+// The inner loops as functions, one table per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "simd/instruction_set.h"
+
+namespace mmgen_kernels::attn {
+
+constexpr int64_t block_keys = 64;     // of a block of logits; a multiple of every vector's width
+constexpr int64_t block_queries = 96;  // 96 x 64 logits in fp32 are 24 KiB, which leaves room for a panel of keys in L1
+
+// Blocks of logits, weights and their gradients are (block_queries, block_keys), rows contiguous; `keys` of a row are seen by it,
+// and the rest count as masked. Panels of q, k, v, out and their gradients have rows of `ld` channels, a multiple of the vector's
+// width, 0 past the head dimension.
+template <class Real>
+struct Kernels {
+  int64_t width;  // lanes of a vector
+
+  // dtypes in the order of csrc/floats.h: row -> (factor row, zeros up to ld)
+  void (*widen[4])(const void* row, int64_t dim, Real factor, int64_t ld, Real* out);
+  // row factor -> out
+  void (*narrow[4])(const Real* row, Real factor, int64_t dim, void* out);
+
+  // (keys, dim), stride ld -> (dim, block_keys), 0 past `keys`
+  void (*transpose)(const Real* panel, int64_t keys, int64_t dim, int64_t ld, Real* out);
+
+  // c (m, n) = or += a (m, k) b (k, n). a is read as a[i a_row + j a_column]; n is a multiple of the vector's width.
+  void (*multiply)(int64_t m, int64_t n, int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b, int64_t b_row,
+                   Real* c, int64_t c_row, bool add);
+
+  // logits += bias: a row of `keys`, or one number for all
+  void (*add_bias[4])(Real* logits, const void* bias, bool one, int64_t keys);
+  // logits -> weights exp(logit - maximum), 0 past `keys`, after the running maximum and the sum of the row were brought up to
+  // date; returns what multiplies what was summed with the old maximum.
+  Real (*soften)(Real* logits, int64_t keys, Real* maximum, Real* sum);
+  // logits -> weights exp(logit - lse), 0 past `keys`; grad_weights -> gradients of the logits: weight (grad - inner + grad_lse),
+  // where inner = sum weight grad = out . grad_out
+  void (*differentiate)(Real* logits, Real* grad_weights, Real lse, Real inner, Real grad_lse, int64_t keys);
+  void (*scale)(Real* row, Real factor, int64_t ld);
+  // out = the inner product of each row of a with the same row of b
+  void (*dots)(int64_t rows, const Real* a, const Real* b, int64_t ld, Real* out);
+  double (*total)(const Real* row, int64_t keys);
+};
+
+extern const Kernels<double> fp64_kernels;
+extern const Kernels<float> scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels<float> avx2_kernels, avx512_kernels;
+#endif
+
+template <class Real>
+const Kernels<Real>& kernels_of(InstructionSet set);
+
+template <>
+inline const Kernels<double>& kernels_of<double>(InstructionSet) {
+  return fp64_kernels;
+}
+template <>
+inline const Kernels<float>& kernels_of<float>(InstructionSet set) {
+#if defined(__x86_64__)
+  if (set >= InstructionSet::avx512) return avx512_kernels;  // and what goes beyond it
+  if (set == InstructionSet::avx2) return avx2_kernels;
+#endif
+  return scalar_kernels;
+}
+
+}  // namespace mmgen_kernels::attn

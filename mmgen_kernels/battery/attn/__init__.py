@@ -1,0 +1,5 @@
+"""Cases of the family."""
+
+from mmgen_kernels.battery.attn import attention
+
+CASES = attention.CASES
