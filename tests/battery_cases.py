@@ -1,6 +1,7 @@
 """What `mmgen-kernels check` runs on the user's device, for the tests of each family: every case by every implementation."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -16,12 +17,22 @@ def judge(case, dtypes):
     return case.prepare(CPU, dtypes)
 
 
-def parameters(family):
-    for case in battery.cases(family):
-        for dtypes in case.dtypes:
-            for implementation in battery.implementations(case.operator, CPU):
-                name = f"{case.operator}-{case.name}-{battery.dtype_name(dtypes)}-{implementation}"
-                yield pytest.param(case, dtypes, implementation, id=name)
+def parameters(family, halved=()):
+    """Every case by every implementation.
+
+    Of the operators in `halved` and of their backward, half of the product is long: forward and backward take turns, so that any
+    three of name, dtypes, implementation and direction still meet. Quick cases, and those of one dtype, stay whole.
+    """
+    cases = battery.cases(family)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(case.name for case in cases))}
+    for case in cases:
+        operator, backward, _ = case.operator.partition("_backward")
+        served = battery.implementations(case.operator, CPU)
+        whole = operator not in halved or case.quick or min(len(served), len(case.dtypes)) < 2
+        for (j, dtypes), (i, implementation) in itertools.product(enumerate(case.dtypes), enumerate(served)):
+            in_turn = (numbers[case.name] + j + i + bool(backward)) % 2 == 0
+            name = f"{case.operator}-{case.name}-{battery.dtype_name(dtypes)}-{implementation}"
+            yield pytest.param(case, dtypes, implementation, id=name, marks=() if whole or in_turn else pytest.mark.long)
 
 
 def check(case, dtypes, implementation):

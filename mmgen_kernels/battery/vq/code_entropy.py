@@ -6,6 +6,7 @@ NaN where the docstring says so; every result the same bits in every run, on any
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,30 +82,38 @@ def spoil(truth: dict[str, Tensor], x: Tensor, codebook: Tensor, mask: Tensor | 
     truth["grad_codebook"].fill_(torch.nan)
 
 
+@functools.lru_cache(len(MIXED))  # a case's forward and backward follow each other, each with all its dtypes
+def evidence(
+    inputs: Callable[[torch.device, Any], Inputs], uses: tuple[str, ...], options: tuple, device: torch.device, dtypes: tuple
+) -> tuple[Inputs, tuple[Tensor, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs, the gradients of the entropies, and the results of the dense computation: in fp64, and as model code has them."""
+    x, codebook, mask = inputs(device, dtypes)
+    on_cpu = (x.cpu(), codebook.cpu(), None if mask is None else mask.cpu())
+    wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    upstream = randn(*x.shape[:-1], seed=8).to(wide), (rand(*codebook.shape[:-2], seed=9) - 2).to(wide)
+
+    def exactly(rows, codes):
+        return dense(rows, codes, on_cpu[2], **dict(options), differences=True)
+
+    def plainly(rows, codes):
+        return dense(rows, codes, on_cpu[2], **dict(options))
+
+    truth = run(exactly, on_cpu[0].double(), on_cpu[1].double(), upstream, uses)
+    spoil(truth, *on_cpu, uses)
+    plain = run(plainly, on_cpu[0].to(wide), on_cpu[1].to(wide), upstream, uses)
+    for name, of in zip(GRADIENTS, on_cpu[:2], strict=True):
+        if of.dtype.itemsize == 2:  # what is rounded to 16 bits has the error of 16 bits for a bar
+            plain[name] = run(plainly, on_cpu[0].to(of.dtype), on_cpu[1].to(of.dtype), upstream, uses)[name]
+        plain[name] = plain[name].to(of.dtype)
+    return (x, codebook, mask), (upstream[0].to(device), upstream[1].to(device)), truth, plain
+
+
 def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, uses: tuple[str, ...], **changed: Any) -> Callable:
     """`prepare` of a case; `gradients`: the gradients are judged, else the entropies."""
     options = DEFAULTS | changed
 
     def prepare(device: torch.device, dtypes):
-        x, codebook, mask = inputs(device, dtypes)
-        on_cpu = (x.cpu(), codebook.cpu(), None if mask is None else mask.cpu())
-        wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-        upstream = randn(*x.shape[:-1], seed=8).to(wide), (rand(*codebook.shape[:-2], seed=9) - 2).to(wide)
-
-        def exactly(rows, codes):
-            return dense(rows, codes, on_cpu[2], **options, differences=True)
-
-        def plainly(rows, codes):
-            return dense(rows, codes, on_cpu[2], **options)
-
-        truth = run(exactly, on_cpu[0].double(), on_cpu[1].double(), upstream, uses)
-        spoil(truth, *on_cpu, uses)
-        plain = run(plainly, on_cpu[0].to(wide), on_cpu[1].to(wide), upstream, uses)
-        for name, of in zip(GRADIENTS, on_cpu[:2], strict=True):
-            if of.dtype.itemsize == 2:  # what is rounded to 16 bits has the error of 16 bits for a bar
-                plain[name] = run(plainly, on_cpu[0].to(of.dtype), on_cpu[1].to(of.dtype), upstream, uses)[name]
-            plain[name] = plain[name].to(of.dtype)
-        upstream = upstream[0].to(device), upstream[1].to(device)
+        (x, codebook, mask), upstream, truth, plain = evidence(inputs, uses, tuple(options.items()), device, dtypes)
 
         def once() -> dict[str, Tensor]:
             return run(lambda rows, codes: mk.code_entropy(rows, codes, mask=mask, **options), x, codebook, upstream, uses)
@@ -184,7 +193,7 @@ GOOD_DATA = (
 )
 NOT_FINITE = ("nan_rows", "inf_rows", "nan_codes", "inf_codes", "inf_rows_nan_codes", "all_nan_codes")
 SIZES = ((1, 1, 1), (1, 64, 3), (2, 65, 1), (33, 7, 257), (31, 128, 16), (65, 200, 5), (1100, 2150, 4))  # N, K, D
-QUICK = ("options_l2", "options_cosine", "ibq", "mask", "heads")
+QUICK = ("options_l2", "options_cosine", "ibq", "mixed_dtypes", "mask", "heads")
 
 
 def pair(

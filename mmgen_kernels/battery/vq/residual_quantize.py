@@ -7,6 +7,7 @@ the same bits in every run and on any number of threads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,25 +61,32 @@ def joined(statistics: Tensor | list[Tensor]) -> Tensor:
     return statistics if isinstance(statistics, Tensor) else torch.cat(statistics)
 
 
+@functools.lru_cache(len(MIXED))  # a case's forward and backward follow each other, each with all its dtypes
+def evidence(
+    inputs: Callable[[torch.device, Any], Inputs], uses: tuple[str, ...], options: tuple, device: torch.device, dtypes: tuple
+) -> tuple[Inputs, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs, the gradient of quantized, and the results along the defined indices: in fp64, and in the inputs' dtypes."""
+    given, chosen = inputs(device, dtypes), dict(options)
+    x, codes = given.x.cpu(), given.codes.cpu()
+    upstream = randn(*x.shape, seed=8).to(torch.promote_types(x.dtype, codes.dtype))
+    indices = definition(given, chosen["metric"])
+
+    def plain(rows: Tensor, leaf: Tensor):
+        books, sizes = join_codebooks(given.form(leaf))
+        wide = torch.promote_types(torch.promote_types(rows.dtype, books.dtype), torch.float32)
+        along = (lambda level, _: indices[..., level], chosen["beta"], chosen["gradient"], wide)
+        return reference.quantize_levels(rows, books, sizes, *along)
+
+    truth = run(plain, x.double(), codes.double(), upstream, uses)
+    return given, upstream.to(device), truth, run(plain, x, codes, upstream, uses)
+
+
 def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, uses: tuple[str, ...], **changed: Any) -> Callable:
     """`prepare` of a case; `gradients`: the gradients are judged, else the outputs."""
     options = DEFAULTS | changed
 
     def prepare(device: torch.device, dtypes):
-        given = inputs(device, dtypes)
-        x, codes = given.x.cpu(), given.codes.cpu()
-        upstream = randn(*x.shape, seed=8).to(torch.promote_types(x.dtype, codes.dtype))
-        indices = definition(given, options["metric"])
-
-        def plain(rows: Tensor, leaf: Tensor):
-            books, sizes = join_codebooks(given.form(leaf))
-            wide = torch.promote_types(torch.promote_types(rows.dtype, books.dtype), torch.float32)
-            along = (lambda level, _: indices[..., level], options["beta"], options["gradient"], wide)
-            return reference.quantize_levels(rows, books, sizes, *along)
-
-        truth = run(plain, x.double(), codes.double(), upstream, uses)
-        same_dtype = run(plain, x, codes, upstream, uses)
-        upstream = upstream.to(device)
+        given, upstream, truth, same_dtype = evidence(inputs, uses, tuple(options.items()), device, dtypes)
 
         def ours(rows: Tensor, leaf: Tensor):
             return mk.residual_quantize(
