@@ -19,6 +19,7 @@ struct Query {
   Metric metric;
   bool exact;           // false: the pass without the fp64 comparison
   int64_t* indices;     // (N,) out
+  const double* squared = nullptr;  // (N,) squared norms of the rows, if the caller has them: one walk over x less
 };
 
 // What one call did, for tests and benchmarks.

@@ -100,9 +100,10 @@ class Lookup {
       return settled;
     }
     q_.indices[row] = 0;
+    const bool known = q_.squared != nullptr && codebook_.mean_of_rows() == nullptr;
     // Zero rows are common (padding), and all codes of a normalised codebook tie for them: answered once.
-    if (is_zero(row)) return l2_ ? zero : (brute_force_all_ ? brute : settled);
-    squared = k_.squared_norm(q_.x, row, codebook_.mean_of_rows());
+    if ((!known || q_.squared[row] == 0) && is_zero(row)) return l2_ ? zero : (brute_force_all_ ? brute : settled);
+    squared = known ? q_.squared[row] : k_.squared_norm(q_.x, row, codebook_.mean_of_rows());
     if (q_.x.dtype == Float::fp64 && !(squared > 0x1p-800 && squared < 0x1p800)) return brute;
     if (!std::isfinite(squared)) return l2_ ? settled : brute;  // every distance is Inf or NaN: index 0
     if (brute_force_all_) return brute;

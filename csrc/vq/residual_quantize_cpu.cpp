@@ -1,6 +1,10 @@
 // residual_quantize on the CPU: per level the lookup on a scratch residual, then one pass that takes the codes away from it. T is
 // the type of residuals: float, or double if any input is. Sums are in fp64 and in row order (per chunk of rows, chunks in order),
 // so that nothing depends on the number of threads.
+//
+// All rows pass a level before the next. Taking a few rows through all levels keeps their residuals in L2, but asks for each
+// level's codes again (10 K D bytes in their three forms, against 24 D a row): 4800x128 with 8 levels of 1024 codes took one
+// thread 1.3x the time by 256 rows, 1.2x by 512, 1.1x by 1024 and 1.05x by 2048.
 #include "vq/residual_quantize.h"
 
 #include <algorithm>
@@ -124,9 +128,10 @@ void add_up(const T* residual, const int64_t* index, int64_t count, int64_t num_
 }
 
 // Takes the codes of one level away from the residuals (N, D) and adds them to total (N, D). Returns the mean square of what is
-// left of the rows that have a code, 0 without any.
+// left of the rows that have a code, 0 without any; norms (N,) become their squared norms, which the next lookup need not compute:
+// 4 % of the time.
 template <class T>
-double advance(const Rows& codes, const int64_t* index, int64_t count, bool first, T* residual, T* total) {
+double advance(const Rows& codes, const int64_t* index, int64_t count, bool first, T* residual, T* total, double* norms) {
   const int64_t dim = codes.dim, chunks = (count + chunk - 1) / chunk;
   std::vector<double> squares(chunks, 0.0);
   std::vector<int64_t> active(chunks, 0);
@@ -142,6 +147,7 @@ double advance(const Rows& codes, const int64_t* index, int64_t count, bool firs
       });
       const double squared = subtract(codes, index[n], residual + n * dim);
       if (std::isnan(squared)) std::fill_n(sum, dim, std::numeric_limits<T>::quiet_NaN());
+      norms[n] = squared;
       squares[n / chunk] += squared;
       active[n / chunk] += 1;
     }
@@ -189,18 +195,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, cons
   const Rows residuals{residual.get(), is_double ? Float::fp64 : Float::fp32, count, dim, dim};
   const auto index = uninitialised<int64_t>(count);
   const auto valid = uninitialised<bool>(count);
+  const auto squared = uninitialised<double>(count);  // norms of what the level before left
   for (int64_t l = 0; l < num_levels; ++l) {
     const Rows codes = books.level(l);
     if (l < depth) {
       for (int64_t n = 0; n < count; ++n) valid[n] = taken[n] > l;
-      nearest_code({residuals, codes, everybody ? nullptr : valid.get(), metric_of(metric), exact, index.get()},
+      nearest_code({residuals, codes, everybody ? nullptr : valid.get(), metric_of(metric), exact, index.get(),
+                    l == 0 ? nullptr : squared.get()},
                    suited_to(residuals, codes, exact));
     } else {
       std::fill_n(index.get(), count, -1);
     }
     for (int64_t n = 0; n < count; ++n) index_out[n * num_levels + l] = index[n];
     if (statistics) add_up(residual.get(), index.get(), count, codes.count, dim, books.codes_before(l), counts, sums);
-    const double mean = advance(codes, index.get(), count, l == 0, residual.get(), total);
+    const double mean = advance(codes, index.get(), count, l == 0, residual.get(), total, squared.get());
     loss_out[l] = static_cast<T>(mean + beta * mean);
   }
 
