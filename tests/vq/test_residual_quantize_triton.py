@@ -31,10 +31,15 @@ def one_nan(values):
 
 
 def assert_same(interpreter, x, codebooks, any_nan=False, **options):
-    """To the bit, but for the loss, which the reference adds in another order; with any_nan but for the bits of NaN."""
+    """To the bit, but for the loss, which the reference adds in another order; with any_nan but for the bits of NaN. Gradients have
+    tests of their own, test_residual_backward_triton.py."""
     found = interpreter.residual_quantize(x, codebooks, **options)
     expected = residual_with_gradients("reference", x.clone(), codebooks.clone(), **options)
     for name, a, b in zip(NAMES[: len(expected)], found, expected, strict=True):
+        if name.startswith("grad"):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, equal_nan=True)
+            continue
         if name == "loss":
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=1e-13 if a.dtype == torch.float64 else 3e-7, atol=0, equal_nan=True)
@@ -118,6 +123,21 @@ def test_the_sign_of_zero(interpreter):
     codebooks = torch.tensor([[[-0.0, 1e-45]], [[-0.0, 0.0]]])
     found = interpreter.residual_quantize(torch.zeros(1, 2), codebooks)[0]
     assert same_bits(found, codebooks[0])
+
+
+def test_statistics_of_more_levels_than_a_group(interpreter):
+    """Rows that stop being finite in the first group of eight levels and in the second, and rows that stop taking part."""
+    x, codebooks = gaussian(9, 4, 5, FP32, levels=11)
+    x[1, 2] = torch.nan
+    codebooks[9] = torch.nan
+    levels = torch.tensor([11, 11, 3, 0, 8, 9, 11, 11, 1])
+    assert_same(interpreter, x, codebooks, levels=levels, any_nan=True)
+    assert_same(interpreter, x[2:], codebooks.flatten(0, 1), sizes=[1, 7, 4, 4, 4, 4, 4, 4, 4, 5, 3], any_nan=True)
+
+
+def test_statistics_of_a_popular_code(interpreter):
+    """One code's rows fill several chunks of sorted rows."""
+    assert_same(interpreter, *gaussian(90, 1, 3, FP32, levels=2), statistics=torch.float64)
 
 
 @pytest.mark.parametrize("statistics", (None, torch.float64))
@@ -237,7 +257,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 @pytest.mark.parametrize("gradient", ops.GRADIENTS)
 @pytest.mark.parametrize("sizes", ((1000, 1024, 128), (2376, 1024, 8), (65, 300, 70)), ids=str)
 def test_the_definition_on_gpu(sizes, gradient):
-    """The gradients are the reference's, which on a GPU adds in another order than on the CPU."""
+    """Losses and gradients are added in another order than on the CPU."""
     x, codebooks = gaussian(*sizes, FP32, levels=5)
     levels = torch.arange(len(x)) % 7
     found = residual_with_gradients("triton", x.cuda(), codebooks.cuda(), gradient=gradient, levels=levels.cuda())

@@ -56,6 +56,12 @@ class Interpreter:
         answer = self.pool.submit(quantize_residual_in_process, request.getvalue()).result()
         return torch.load(io.BytesIO(answer))
 
+    def call(self, operator, *arguments):
+        """What the operator's Triton launcher returns."""
+        request = io.BytesIO()
+        torch.save((operator, arguments), request)
+        return torch.load(io.BytesIO(self.pool.submit(call_in_process, request.getvalue()).result()))
+
     def code_entropy(self, x, codebook, upstream, **options):
         """Entropies and gradients by name, as the battery's `run` gives them."""
         request = io.BytesIO()
@@ -139,6 +145,13 @@ def entropies_in_process(request):
     answer = io.BytesIO()
     with mk.use_backend("triton"):
         torch.save(run(lambda a, b: mk.code_entropy(a, b, **options), x, codebook, upstream, uses), answer)
+    return answer.getvalue()
+
+
+def call_in_process(request):
+    operator, arguments = torch.load(io.BytesIO(request))
+    answer = io.BytesIO()
+    torch.save(getattr(torch.ops.mmgen_kernels, operator).triton(*arguments), answer)
     return answer.getvalue()
 
 

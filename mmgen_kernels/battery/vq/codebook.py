@@ -132,18 +132,27 @@ def averages(lead: tuple[int, ...], num_codes: int, dim: int, *, normalize: bool
 
 
 def dying(
-    books: tuple[int, ...], rows: tuple[int, ...], num_codes: int, dim: int, *, masked: bool = False, normalize: bool = False
+    books: tuple[int, ...],
+    rows: tuple[int, ...],
+    num_codes: int,
+    dim: int,
+    *,
+    masked: bool = False,
+    normalize: bool = False,
+    unit: float = 1.0,
 ) -> Callable:
+    """Cluster sizes are 0 to 4 units, and the threshold is two."""
+
     def make(dtype: torch.dtype) -> dict[str, Any]:
         kept = torch.promote_types(dtype, torch.float32)
         return {
             "codebook": randn(*books, num_codes, dim, seed=1).to(dtype),
-            "cluster_size": randint(0, 5, (*books, num_codes), 2).to(kept),
+            "cluster_size": (randint(0, 5, (*books, num_codes), 2) * torch.tensor(unit, dtype=torch.float64)).to(kept),
             "code_sum": randn(*books, num_codes, dim, seed=4).to(kept),
             "x": randn(*rows, dim, seed=5).to(dtype),
             "mask": rand(*rows, seed=6) < 0.4 if masked else None,
             "key": torch.tensor([7, -(2**40)]),
-            "threshold": 2.0,
+            "threshold": 2 * unit,
             "normalize": normalize,
         }
 
@@ -240,7 +249,7 @@ def replace_plain(i: dict[str, Any]) -> Results:
         draws = mk.philox_integers(rows.shape[:2], i["key"])
     for h in range(len(codebook)):
         order = sorted((int(w), n) for n, w in enumerate(draws[h]) if mask[h, n])
-        dead = [k for k in range(len(size[h])) if size[h, k] < i["threshold"]]
+        dead = [k for k, s in enumerate(size[h].tolist()) if s < i["threshold"]]
         for k, (_, n) in zip(dead, order, strict=False):
             row = rows[h, n].double()
             codebook[h, k] = row / row.norm().clamp(min=1e-12) if i["normalize"] else row
@@ -278,6 +287,10 @@ DYING = {
     "heads": dying((3,), (3, 5, 8), 17, 6),
     "mask": dying((), (7, 9), 40, 6, masked=True),
     "normalize": dying((2,), (2, 33), 12, 4, normalize=True),
+    "one_code": dying((), (9,), 1, 3),
+    "one_row": dying((), (1,), 4, 1),
+    "threshold_between_floats": dying((), (40,), 30, 5, unit=0.35),  # 0.7 in fp32 is less than 0.7
+    "many": dying((2,), (2, 1200), 300, 3),
 }
 QUICK = ("plain", "heads", "mask")
 

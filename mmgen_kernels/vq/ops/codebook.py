@@ -398,6 +398,5 @@ REPLACE_DEAD_CODES = library.define(
     " float threshold, float reset, bool normalize) -> ()",
     reference=reference.replace_dead_codes_,
     fake=writes,
-    # a sort, a gather and three writes of K codes: nothing that a kernel of ours would do better
-    launchers={"triton": "mmgen_kernels.vq.reference:replace_dead_codes_"},
+    launchers={"triton": f"{TRITON}:replace_dead_codes_"},
 )

@@ -183,6 +183,9 @@ RESIDUAL_QUANTIZE = library.define(
     backward_reference=reference.residual_quantize_backward,
     backward_fake=residual_quantize_backward_fake,
     launchers={
-        "triton": ("mmgen_kernels.vq.triton_kernels:residual_quantize", "mmgen_kernels.vq.reference:residual_quantize_backward")
+        "triton": (
+            "mmgen_kernels.vq.triton_kernels:residual_quantize",
+            "mmgen_kernels.vq.triton_kernels:residual_quantize_backward",
+        )
     },
 )

@@ -94,7 +94,7 @@ def replace_dead_codes_(
     codes = codebook.view(-1, *codebook.shape[-2:])  # (H, K, D)
     H, K, D = codes.shape
     rows = x.reshape(H, x[..., 0].numel() // max(1, H), D)  # (H, N, D)
-    dead = (cluster_size < threshold).view(H, K)
+    dead = (cluster_size.double() < threshold).view(H, K)  # in fp32 the threshold would be rounded first
     order, valid = random_order(rows.shape[:2], mask, key)  # (H, N), (H, 1)
     rank = dead.cumsum(-1) - 1  # of a dead code among the dead ones
     taken = dead & (rank < valid)

@@ -7,8 +7,10 @@ from mmgen_kernels.vq.triton_kernels.codebook import (
     gather_codes_backward,
     update_codebook_ema_,
 )
+from mmgen_kernels.vq.triton_kernels.dead_codes import replace_dead_codes_
 from mmgen_kernels.vq.triton_kernels.nearest_code import nearest_code, vector_quantize
 from mmgen_kernels.vq.triton_kernels.residual import residual_quantize
+from mmgen_kernels.vq.triton_kernels.residual_backward import residual_quantize_backward
 
 __all__ = [
     "code_statistics",
@@ -16,7 +18,9 @@ __all__ = [
     "gather_codes",
     "gather_codes_backward",
     "nearest_code",
+    "replace_dead_codes_",
     "residual_quantize",
+    "residual_quantize_backward",
     "update_codebook_ema_",
     "vector_quantize",
 ]

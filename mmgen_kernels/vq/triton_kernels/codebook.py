@@ -31,6 +31,12 @@ def narrowed(values, like):
     return values.to(tl.float32).to(like.dtype.element_ty)
 
 
+@triton.jit
+def fp64_of(bits):
+    """The number that `fp64_bits` hands over."""
+    return (tl.zeros((), tl.int64) + bits).to(tl.float64, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["N", "K", "T", "codes_h"])
 def gather_rows(
     codes, codes_h, codes_k, codes_d, indices, mask, out, N, T, K, D, HAS_MASK: tl.constexpr, BLOCK_D: tl.constexpr
@@ -55,31 +61,43 @@ def add_within_run(value, begins, next_value, next_begins):
     return tl.where(next_begins != 0, next_value, value + next_value), begins | next_begins
 
 
-@triton.jit(do_not_specialize=["N", "T", "S", "x_h"])
-def sum_runs(x, x_h, x_n, x_d, order, slots, starts, sums, partials, N, T, S, D, BLOCK_D: tl.constexpr):
-    """Sums of runs of equal slots within one chunk of ROWS sorted rows. A run that lies within the chunk is done; one that goes on
-    leaves partials (chunks, 2, D): [0] began before the chunk, [1] began in it."""
-    chunk = tl.program_id(0).to(tl.int64)
-    first = chunk * ROWS
+@triton.jit
+def slots_of_chunk(slots, first, T, S):
+    """Of the ROWS sorted rows from `first` on: their slots, those of the rows before and after them in this chunk, or -1, and
+    which count anywhere."""
     at = first + tl.arange(0, ROWS)
     inside = at < T
     slot = tl.load(slots + at, mask=inside, other=S)
     before = tl.load(slots + at - 1, mask=inside & (at > first), other=-1)
     after = tl.load(slots + at + 1, mask=(at + 1 < T) & (at + 1 < first + ROWS), other=-1)
-    counts = inside & (slot < S)
-    row = tl.load(order + at, mask=inside, other=0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    places = ((row // N) * x_h + (row % N) * x_n)[:, None] + d[None, :].to(tl.int64) * x_d
-    values = widen(tl.load(x + places, mask=counts[:, None] & (d < D)[None, :], other=0.0))
-    begins = tl.broadcast_to((slot != before)[:, None], (ROWS, BLOCK_D)).to(tl.int32)
+    return slot, before, after, inside & (slot < S)
+
+
+@triton.jit
+def store_runs(values, slot, before, after, counts, first, starts, sums, partials, d, D):
+    """Sums of runs of equal slots within a chunk, of values (ROWS, BLOCK_D) in fp64, components d. A run that lies within the chunk
+    is done; one that goes on leaves partials (chunks, 2, D): [0] began before the chunk, [1] began in it."""
+    begins = tl.broadcast_to((slot != before)[:, None], values.shape).to(tl.int32)
     totals, _ = tl.associative_scan((values, begins), 0, add_within_run)
     ends = counts & (slot != after)
     begin = tl.load(starts + slot, mask=counts, other=0)
     end = tl.load(starts + slot + 1, mask=counts, other=0)
     whole = (begin >= first) & (end <= first + ROWS)
     tl.store(sums + slot[:, None] * D + d[None, :], narrowed(totals, sums), mask=(ends & whole)[:, None] & (d < D)[None, :])
-    part = chunk * 2 + (begin >= first).to(tl.int64)
+    part = first // ROWS * 2 + (begin >= first).to(tl.int64)
     tl.store(partials + part[:, None] * D + d[None, :], totals, mask=(ends & ~whole)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "T", "S", "x_h"])
+def sum_runs(x, x_h, x_n, x_d, order, slots, starts, sums, partials, N, T, S, D, BLOCK_D: tl.constexpr):
+    """Sums over the rows of each slot, as far as one chunk of ROWS sorted rows knows them."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    slot, before, after, counts = slots_of_chunk(slots, first, T, S)
+    row = tl.load(order + first + tl.arange(0, ROWS), mask=counts, other=0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    places = ((row // N) * x_h + (row % N) * x_n)[:, None] + d[None, :].to(tl.int64) * x_d
+    values = widen(tl.load(x + places, mask=counts[:, None] & (d < D)[None, :], other=0.0))
+    store_runs(values, slot, before, after, counts, first, starts, sums, partials, d, D)
 
 
 @triton.jit
@@ -100,10 +118,10 @@ def join_runs(starts, sums, partials, D, BLOCK_D: tl.constexpr):
         tl.store(sums + slot * D + d, narrowed(total, sums), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["K", "parts"])
-def average_sizes(cluster_size, counts, part_sums, decay_high, decay_low, K, parts):
+@triton.jit(do_not_specialize=["decay_bits", "K", "parts"])
+def average_sizes(cluster_size, counts, part_sums, decay_bits, K, parts):
     """cluster_size (H, K) in place, and part_sums (H, parts) of it as it is kept."""
-    decay = tl.zeros((), tl.float64) + decay_high + decay_low
+    decay = fp64_of(decay_bits)
     part = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     k = part * PART + tl.arange(0, PART)
@@ -115,15 +133,15 @@ def average_sizes(cluster_size, counts, part_sums, decay_high, decay_low, K, par
     tl.store(part_sums + h * parts + part, tl.sum(tl.where(inside, widen(kept), 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["K", "parts", "sums_h"])
+@triton.jit(do_not_specialize=["decay_bits", "eps_bits", "K", "parts", "sums_h"])
 def average_codes(
     codebook, cluster_size, code_sum, sums, sums_h, sums_k, sums_d, part_sums,
-    decay_high, decay_low, eps_high, eps_low, K, parts, D,
+    decay_bits, eps_bits, K, parts, D,
     NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """code_sum (H, K, D) and codebook (H, K, D) in place."""
-    decay = tl.zeros((), tl.float64) + decay_high + decay_low
-    eps = tl.zeros((), tl.float64) + eps_high + eps_low
+    decay = fp64_of(decay_bits)
+    eps = fp64_of(eps_bits)
     h = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0).to(tl.int64) * CODES + tl.arange(0, CODES)
     inside = k < K
@@ -167,10 +185,9 @@ def block_of(D: int) -> int:
     return min(64, max(16, triton.next_power_of_2(D)))
 
 
-def two_floats(value: float) -> tuple[float, float]:
-    """What fp32 holds of a number, and the rest: a Python float reaches a kernel as fp32."""
-    high = struct.unpack("f", struct.pack("f", value))[0]
-    return high, value - high
+def fp64_bits(value: float) -> int:
+    """A Python float would reach a kernel as fp32."""
+    return struct.unpack("q", struct.pack("d", value))[0]
 
 
 def gather(codes: Tensor, indices: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -254,8 +271,8 @@ def update_codebook_ema_(
     part_sums = torch.empty(H, parts, dtype=torch.float64, device=codebook.device)
     added = sums.view(H, K, D) if sums.dim() == 3 else sums[None]
     with on(codebook):
-        average_sizes[parts, H](cluster_size, counts.contiguous(), part_sums, *two_floats(decay), K, parts, **OPTIONS)
+        average_sizes[parts, H](cluster_size, counts.contiguous(), part_sums, fp64_bits(decay), K, parts, **OPTIONS)
         average_codes[triton.cdiv(K, CODES.value), H](
-            codebook, cluster_size, code_sum, added, *added.stride(), part_sums, *two_floats(decay), *two_floats(eps), K, parts, D,
+            codebook, cluster_size, code_sum, added, *added.stride(), part_sums, fp64_bits(decay), fp64_bits(eps), K, parts, D,
             NORMALIZE=normalize, BLOCK_D=block_of(D), **OPTIONS,
         )  # fmt: skip

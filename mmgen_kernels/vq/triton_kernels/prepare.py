@@ -27,6 +27,12 @@ def widen(values):
 
 
 @triton.jit
+def to_wide(values, WIDE: tl.constexpr):
+    """What residuals are kept in: fp64 if WIDE, else fp32."""
+    return widen(values) if WIDE else values.to(tl.float32)
+
+
+@triton.jit
 def power_of_two(exponent):
     return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
 

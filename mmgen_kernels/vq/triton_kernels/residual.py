@@ -14,18 +14,13 @@ from torch import Tensor
 
 from mmgen_kernels.vq.reference.residual import codebook_per_level, levels_taken
 from mmgen_kernels.vq.triton_kernels import residual_levels
-from mmgen_kernels.vq.triton_kernels.codebook import code_statistics
 from mmgen_kernels.vq.triton_kernels.nearest_code import MAX_HEADS, Configuration, chip, nearest_code, pack_codebooks
-from mmgen_kernels.vq.triton_kernels.prepare import widen
+from mmgen_kernels.vq.triton_kernels.prepare import to_wide, widen
+from mmgen_kernels.vq.triton_kernels.residual_sums import codebooks_of, sum_levels
 
 ROWS = tl.constexpr(8)  # rows that a program holds at a time: 92 registers at D >= 64, where 16 rows take 185 and 32 spill
 MERGED = tl.constexpr(64)  # partial sums added at a time
 LAUNCH = {"enable_fp_fusion": False, "num_warps": 4}  # roundings count here
-
-
-@triton.jit
-def to_wide(values, WIDE: tl.constexpr):
-    return widen(values) if WIDE else values.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["N", "L", "level"])
@@ -158,11 +153,8 @@ def all_levels(
     return means
 
 
-def level_by_level(
-    rows: Tensor, books: list[Tensor], choose: Callable, collect: Callable, total: Tensor, indices: Tensor
-) -> Tensor:
-    """Fills total (N, D) and indices (N, L) by choose(level, residual), and returns the means (L,) of squares; hands
-    (level, residual, index) to `collect` before the codes are taken away."""
+def level_by_level(rows: Tensor, books: list[Tensor], choose: Callable, total: Tensor, indices: Tensor) -> Tensor:
+    """Fills total (N, D) and indices (N, L) by choose(level, residual), and returns the means (L,) of squares."""
     (N, D), L = rows.shape, indices.shape[1]
     blocks = triton.cdiv(N, ROWS.value)
     residuals = [torch.empty_like(total), torch.empty_like(total)]
@@ -172,7 +164,6 @@ def level_by_level(
     residual = rows
     for level, book in enumerate(books):
         index, after = choose(level, residual), residuals[level % 2]
-        collect(level, residual, index)
         advance[blocks,](
             residual, *residual.stride(), book, *book.stride(), index, after, total, indices, partial[level],
             N, D, L, level, FIRST=level == 0, **options,
@@ -195,7 +186,7 @@ def residual_quantize(
     precision: str,
     statistics: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launcher of the operator. The backward is the reference's: plain PyTorch that waits for nothing."""
+    """Launcher of the operator."""
     books = codebook_per_level(codebooks, sizes)
     dtype = torch.promote_types(x.dtype, codebooks.dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -211,25 +202,17 @@ def residual_quantize(
     counts = torch.zeros(shape[:-1] or (0,), dtype=torch.int64, device=x.device)
     sums = torch.zeros(shape, dtype=statistics or wide, device=x.device)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        found = N > 0 and in_one_launch(D, len(books[0]), L, sizes, wide)
-        if found:
+        if N > 0 and in_one_launch(D, len(books[0]), L, sizes, wide):
             stacked = codebooks if codebooks.dim() == 3 else codebooks.view(L, -1, D)
             means = all_levels(rows, stacked, taken, depth, metric, total, indices)
-        if N > 0 and (statistics is not None or not found):
+        elif N > 0:
 
             def choose(level: int, residual: Tensor) -> Tensor:  # (N,)
-                if found:
-                    return indices[:, level].contiguous()
                 return nearest_code(residual, books[level], None if taken is None else taken > level, metric, precision)
 
-            def collect(level: int, residual: Tensor, index: Tensor) -> None:
-                if statistics is not None:
-                    sum_of_rows, count = code_statistics(residual, index, None, len(books[level]), False, statistics)
-                    codebook_per_level(counts[..., None], sizes)[level].copy_(count[:, None])
-                    codebook_per_level(sums, sizes)[level].copy_(sum_of_rows)
-
-            walked = level_by_level(rows, books[:depth], choose, collect, total, indices)
-            means = means if found else walked
+            means = level_by_level(rows, books[:depth], choose, total, indices)
+        if N > 0 and statistics is not None:
+            sum_levels(rows, codebooks_of(codebooks, sizes), indices, depth, wide, sums.view(-1, D), counts.view(-1))
     return (
         total.to(dtype).view(x.shape),
         indices.view(*x.shape[:-1], L),
