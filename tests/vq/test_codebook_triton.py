@@ -3,10 +3,13 @@
 import importlib.util
 
 import pytest
+import torch
 from test_triton import SHARED, compiled
 from triton_interpreter import Interpreter
 
+import mmgen_kernels as mk
 from mmgen_kernels.battery.vq import codebook
+from mmgen_kernels.battery.vq.vector_quantize import same_bits
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -32,6 +35,44 @@ def cases():
 def test_case(interpreter, case):
     for dtypes, (failures, repeatable) in zip(case.dtypes, interpreter.judge(case.operator, case.name), strict=True):
         assert not failures and repeatable, (dtypes, failures)
+
+
+@pytest.mark.parametrize("threshold", (float("inf"), -float("inf"), float("nan"), 1e300))
+def test_thresholds_that_fp32_does_not_hold(interpreter, threshold):
+    given = codebook.dying((), (9,), 5, 3)(torch.float64)
+    rest = (given["x"], None, given["key"], threshold, 2.0, False)
+    found, expected = ([given[name].clone() for name in codebook.TRAINED] for _ in range(2))
+    found = interpreter.replace_dead_codes_(found, rest)
+    torch.ops.mmgen_kernels.replace_dead_codes_.reference(*expected, *rest)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("masked", (False, True))
+def test_dead_codes_on_gpu(masked):
+    """The reference's rows, and in a graph: a look at a value on the host would be an error of the capture."""
+    given = codebook.dying((3,), (3, 5000), 4000, 24, masked=masked, normalize=True)(torch.float32)
+    expected = [given[name].clone() for name in codebook.TRAINED]
+    options = {"threshold": given["threshold"], "mask": given["mask"], "normalize": True}
+    with mk.use_backend("reference"):
+        mk.replace_dead_codes_(*expected, given["x"], given["key"], **options)
+    there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    options["mask"] = there["mask"]
+    with mk.use_backend("triton"):
+        direct = [there[name].clone() for name in codebook.TRAINED]
+        mk.replace_dead_codes_(*direct, there["x"], there["key"], **options)
+        graph, captured = torch.cuda.CUDAGraph(), [there[name].clone() for name in codebook.TRAINED]
+        with torch.cuda.graph(graph):
+            mk.replace_dead_codes_(*captured, there["x"], there["key"], **options)
+    graph.replay()
+    for found in (direct, captured):
+        assert torch.equal(found[1].cpu(), expected[1])
+        for a, b in zip(found, expected, strict=True):  # norms are added in another order
+            torch.testing.assert_close(a.cpu(), b, rtol=2e-7, atol=0)
 
 
 # -- ahead of time: the kernels of dead codes, those of sums are in test_triton.py -------------------------------------

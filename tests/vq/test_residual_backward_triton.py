@@ -52,7 +52,7 @@ def assert_gradients(
 
 
 @pytest.mark.parametrize("gradient", ops.GRADIENTS)
-@pytest.mark.parametrize("sizes", ((37, 5, 6, 3), (1, 1, 1, 1), (3, 4, 70, 2), (9, 3, 5, 11), (0, 3, 4, 2)), ids=str)
+@pytest.mark.parametrize("sizes", ((37, 5, 6, 3), (1, 1, 1, 1), (3, 4, 70, 2), (3, 3, 2, 11), (0, 3, 4, 2)), ids=str)
 def test_sizes(interpreter, sizes, gradient):
     """More rows than a block and a chunk hold; one of everything; several tiles of components; two groups of levels; no rows."""
     assert_gradients(interpreter, *inputs(*sizes), gradient=gradient)
@@ -71,7 +71,7 @@ DTYPES = (
 @pytest.mark.parametrize("gradient", ops.GRADIENTS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda p: "-".join(str(d)[6:] for d in p))
 def test_dtypes(interpreter, dtypes, gradient):
-    assert_gradients(interpreter, *inputs(11, 3, 7, 3, dtypes), gradient=gradient)
+    assert_gradients(interpreter, *inputs(7, 3, 5, 2, dtypes), gradient=gradient)
 
 
 @pytest.mark.parametrize("of", (("quantized",), ("loss",), ()), ids=str)
@@ -82,26 +82,26 @@ def test_gradients_that_are_not_there(interpreter, gradient, of):
 
 @pytest.mark.parametrize("needs", ((True, False), (False, True)), ids=str)
 def test_gradients_that_nobody_needs(interpreter, needs):
-    both = assert_gradients(interpreter, *inputs(9, 3, 5, 10))
-    found = assert_gradients(interpreter, *inputs(9, 3, 5, 10), needs=needs)
+    both = assert_gradients(interpreter, *inputs(6, 3, 5, 2))
+    found = assert_gradients(interpreter, *inputs(6, 3, 5, 2), needs=needs)
     for needed, result, expected in zip(needs, found, both, strict=True):
         assert torch.equal(result, expected) if needed else result.shape == (0,)
 
 
 def test_codebooks_of_different_sizes(interpreter):
-    x, codebooks, indices = inputs(12, 4, 5, 10)
+    x, codebooks, indices = inputs(6, 4, 3, 10)
     sizes = [1, 9, 4, 4, 4, 4, 4, 2, 6, 2]
     assert_gradients(interpreter, x, codebooks.flatten(0, 1), indices.remainder(torch.tensor(sizes)), sizes=sizes)
     assert_gradients(interpreter, x, codebooks.flatten(0, 1), indices, sizes=[4] * 10)
 
 
 def test_a_shared_codebook(interpreter):
-    x, codebooks, indices = inputs(12, 4, 5, 3)
+    x, codebooks, indices = inputs(6, 4, 5, 3)
     assert_gradients(interpreter, x, codebooks[0].expand(3, 4, 5), indices)
 
 
 def test_an_index_past_the_end_is_the_last_code(interpreter):
-    x, codebooks, indices = inputs(12, 4, 5, 3)
+    x, codebooks, indices = inputs(6, 4, 5, 3)
     found = assert_gradients(interpreter, x, codebooks, torch.where(indices == 3, 9, indices))
     assert all(torch.equal(a, b) for a, b in zip(found, assert_gradients(interpreter, x, codebooks, indices), strict=True))
 
@@ -128,8 +128,8 @@ def test_rows_that_are_not_finite(interpreter, value, gradient):
     x, codebooks, indices = inputs(9, 5, 3, 11)
     x[0, 1] = value
     codebooks[9, 4] = value
-    indices[:, 9], indices[0, 9] = indices[:, 9].clamp(max=3), 0
-    indices[5], indices[5, 9] = 1, 4
+    indices[:, 9] = indices[:, 9].clamp(max=3)
+    indices[0], indices[5], indices[5, 9] = 0, 1, 4
     grad_x, grad_codebooks = assert_gradients(interpreter, x, codebooks, indices, gradient=gradient)
     assert grad_x.isnan().all(1).nonzero().flatten().tolist() == [0, 5]
     assert grad_codebooks.isnan().all(2).sum(1).tolist() == [1] * 9 + [2, 2]

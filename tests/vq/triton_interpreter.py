@@ -62,6 +62,12 @@ class Interpreter:
         torch.save((operator, arguments), request)
         return torch.load(io.BytesIO(self.pool.submit(call_in_process, request.getvalue()).result()))
 
+    def replace_dead_codes_(self, trained, rest):
+        """What it makes of codebook, cluster_size and code_sum; the caller's stay as they are."""
+        request = io.BytesIO()
+        torch.save((trained, rest), request)
+        return torch.load(io.BytesIO(self.pool.submit(replace_in_process, request.getvalue()).result()))
+
     def code_entropy(self, x, codebook, upstream, **options):
         """Entropies and gradients by name, as the battery's `run` gives them."""
         request = io.BytesIO()
@@ -145,6 +151,14 @@ def entropies_in_process(request):
     answer = io.BytesIO()
     with mk.use_backend("triton"):
         torch.save(run(lambda a, b: mk.code_entropy(a, b, **options), x, codebook, upstream, uses), answer)
+    return answer.getvalue()
+
+
+def replace_in_process(request):
+    trained, rest = torch.load(io.BytesIO(request))
+    torch.ops.mmgen_kernels.replace_dead_codes_.triton(*trained, *rest)
+    answer = io.BytesIO()
+    torch.save(trained, answer)
     return answer.getvalue()
 
 

@@ -287,6 +287,7 @@ DYING = {
     "heads": dying((3,), (3, 5, 8), 17, 6),
     "mask": dying((), (7, 9), 40, 6, masked=True),
     "normalize": dying((2,), (2, 33), 12, 4, normalize=True),
+    "more_dead_than_valid": dying((), (20,), 40, 3, masked=True),
     "one_code": dying((), (9,), 1, 3),
     "one_row": dying((), (1,), 4, 1),
     "threshold_between_floats": dying((), (40,), 30, 5, unit=0.35),  # 0.7 in fp32 is less than 0.7
