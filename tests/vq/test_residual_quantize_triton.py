@@ -107,6 +107,24 @@ def test_no_rows_and_one(interpreter):
     assert_same(interpreter, x[0], codebooks)
 
 
+def test_level_by_level(interpreter):
+    """Levels of different sizes, which one launch does not serve: rows that are not finite, or take part in some levels only."""
+    x, codebooks = gaussian(12, 9, 5, FP32, levels=3)
+    codebooks, sizes = codebooks.flatten(0, 1), [10, 9, 8]
+    x[1, 2], x[5, 0], x[9, 1] = torch.nan, torch.inf, -torch.inf
+    x, mask = x.view(4, 3, 5), rand(4, 3, seed=3) < 0.7
+    assert_same(interpreter, x, codebooks, sizes=sizes, levels=torch.tensor([2, 9, -1, 1]), mask=mask, any_nan=True)
+    assert_same(interpreter, x, codebooks, sizes=sizes, levels=2, any_nan=True)
+
+
+def test_level_by_level_with_a_residual_that_overflows_and_with_the_sign_of_zero(interpreter):
+    codebooks = torch.tensor([[0.0, 0.0], [-3e38, 0.0], [-3e38, 1.0]])
+    assert_same(interpreter, torch.tensor([[3e38, 1.0], [1.0, 1.0]]), codebooks, sizes=[1, 2])
+    codebooks = torch.tensor([[-0.0, 1e-45], [-0.0, 0.0], [5.0, 5.0]])
+    found = interpreter.residual_quantize(torch.zeros(1, 2), codebooks, sizes=[1, 2])[0]
+    assert same_bits(found, codebooks[:1])
+
+
 @pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
 def test_rows_that_are_not_finite(interpreter, value):
     x, codebooks = gaussian(4, 9, 5, FP32, levels=2)
@@ -148,7 +166,7 @@ def test_opcheck(interpreter, statistics):
     interpreter.opcheck(x, codebooks.flatten(0, 1), [3, 7], None, *rest, operator="residual_quantize")
 
 
-# -- all levels in one launch: without statistics nothing is done level by level ---------------------------------------
+# -- all levels in one launch, and no statistics after it --------------------------------------------------------------
 
 
 def assert_same_in_one_launch(interpreter, x, codebooks, **options):
