@@ -51,8 +51,18 @@ def assert_gradients(
     return found
 
 
-@pytest.mark.parametrize("gradient", ops.GRADIENTS)
-@pytest.mark.parametrize("sizes", ((37, 5, 6, 3), (1, 1, 1, 1), (3, 4, 70, 2), (3, 3, 2, 11), (0, 3, 4, 2)), ids=str)
+def by_turns(values, name=str):
+    """Each value with one way of the gradient, and in the long tests with the other: a run in the interpreter takes a second."""
+    for i, value in enumerate(values):
+        for j, gradient in enumerate(ops.GRADIENTS):
+            marks = pytest.mark.long if (i + j) % 2 else ()
+            yield pytest.param(value, gradient, marks=marks, id=f"{name(value)}-{gradient}")
+
+
+SIZES = ((37, 5, 6, 3), (3, 4, 70, 2), (1, 1, 1, 1), (3, 3, 2, 11), (0, 3, 4, 2))
+
+
+@pytest.mark.parametrize(("sizes", "gradient"), list(by_turns(SIZES)))
 def test_sizes(interpreter, sizes, gradient):
     """More rows than a block and a chunk hold; one of everything; several tiles of components; two groups of levels; no rows."""
     assert_gradients(interpreter, *inputs(*sizes), gradient=gradient)
@@ -68,15 +78,13 @@ DTYPES = (
 )
 
 
-@pytest.mark.parametrize("gradient", ops.GRADIENTS)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda p: "-".join(str(d)[6:] for d in p))
+@pytest.mark.parametrize(("dtypes", "gradient"), list(by_turns(DTYPES, lambda pair: "-".join(str(d)[6:] for d in pair))))
 def test_dtypes(interpreter, dtypes, gradient):
     assert_gradients(interpreter, *inputs(7, 3, 5, 2, dtypes), gradient=gradient)
 
 
-@pytest.mark.parametrize("of", (("quantized",), ("loss",), ()), ids=str)
-@pytest.mark.parametrize("gradient", ops.GRADIENTS)
-def test_gradients_that_are_not_there(interpreter, gradient, of):
+@pytest.mark.parametrize(("of", "gradient"), list(by_turns((("quantized",), ("loss",), ()))))
+def test_gradients_that_are_not_there(interpreter, of, gradient):
     assert_gradients(interpreter, *inputs(9, 3, 5, 2), gradient=gradient, of=of)
 
 
@@ -121,8 +129,7 @@ def test_a_popular_code(interpreter):
     assert_gradients(interpreter, x, codebooks, indices.where(torch.arange(110)[:, None] % 9 == 0, 1))
 
 
-@pytest.mark.parametrize("gradient", ops.GRADIENTS)
-@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+@pytest.mark.parametrize(("value", "gradient"), list(by_turns((torch.nan, torch.inf))))
 def test_rows_that_are_not_finite(interpreter, value, gradient):
     """In the first group of levels and in the second: NaN reaches the row and its codes, from that level on, and nothing else."""
     x, codebooks, indices = inputs(9, 5, 3, 11)

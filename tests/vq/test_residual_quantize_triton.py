@@ -114,7 +114,7 @@ def test_level_by_level(interpreter):
     x[1, 2], x[5, 0], x[9, 1] = torch.nan, torch.inf, -torch.inf
     x, mask = x.view(4, 3, 5), rand(4, 3, seed=3) < 0.7
     assert_same(interpreter, x, codebooks, sizes=sizes, levels=torch.tensor([2, 9, -1, 1]), mask=mask, any_nan=True)
-    assert_same(interpreter, x, codebooks, sizes=sizes, levels=2, any_nan=True)
+    assert_same(interpreter, x, codebooks, sizes=sizes, levels=2, metric="dot", any_nan=True)
 
 
 def test_level_by_level_with_a_residual_that_overflows_and_with_the_sign_of_zero(interpreter):
