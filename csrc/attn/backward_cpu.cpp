@@ -10,34 +10,37 @@ namespace {
 template <class Real>
 struct Upstream {
   Tokens grad_out, out;
-  const Real* lse;       // (B, H, T)
-  Tensor grad_lse;       // the same, or none
-  const Real* of_lse;
+  Tensor lse_tensor, grad_lse_tensor;  // keep the data alive
+  LogSumExp lse, grad_lse;
+  bool through_lse;  // there is a grad_lse
 
   Upstream(const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Optional& grad_lse)
-      : grad_out(grad_out), out(out), lse(static_cast<const Real*>(lse.const_data_ptr())),
-        grad_lse(grad_lse ? torch::stable::contiguous(*grad_lse) : lse),
-        of_lse(grad_lse ? static_cast<const Real*>(this->grad_lse.const_data_ptr()) : nullptr) {}
+      : grad_out(grad_out), out(out), lse_tensor(torch::stable::contiguous(lse)),
+        grad_lse_tensor(grad_lse ? torch::stable::contiguous(*grad_lse) : lse_tensor), lse(lse_tensor), grad_lse(grad_lse_tensor),
+        through_lse(grad_lse) {}
 };
 
 // A head's queries as the backward reads them: scaled, with upstream gradients, lse, and inner product of weights and their gradients,
 // which is out . grad_out.
 template <class Real>
 struct Queries {
-  Buffer<Real> q, grad_out, lse, grad_lse, inner;
+  Buffer<Real> q, grad_out, grad_lse, inner;
+  Buffer<double> lse;
 
   void read(const Problem<Real>& p, const Upstream<Real>& up, const Piece& piece, int64_t head, int64_t begin, int64_t count) {
     const int64_t first = piece.q_begin + begin;
     for (Buffer<Real>* panel : {&q, &grad_out, &out}) panel->resize(std::max<int64_t>(panel->size(), count * p.ld));
-    for (Buffer<Real>* column : {&lse, &grad_lse, &inner}) column->resize(std::max<int64_t>(column->size(), count));
+    for (Buffer<Real>* column : {&grad_lse, &inner}) column->resize(std::max<int64_t>(column->size(), count));
+    lse.resize(std::max<int64_t>(lse.size(), count));
     p.panel(p.q, piece.b, first, count, head, static_cast<Real>(p.scale), q.data());
     p.panel(up.grad_out, piece.b, first, count, head, Real(1), grad_out.data());
     p.panel(up.out, piece.b, first, count, head, Real(1), out.data());
     p.kernels.dots(count, grad_out.data(), out.data(), p.ld, inner.data());
     const int64_t at = (piece.b * p.q.heads + head) * p.q.length + first;
-    std::copy_n(up.lse + at, count, lse.data());
-    if (up.of_lse) std::copy_n(up.of_lse + at, count, grad_lse.data());
-    else std::fill_n(grad_lse.data(), count, Real(0));
+    for (int64_t i = 0; i < count; ++i) {
+      lse[i] = up.lse[at + i];
+      grad_lse[i] = up.through_lse ? static_cast<Real>(up.grad_lse[at + i]) : Real(0);
+    }
   }
 
  private:
@@ -214,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   Tensor upstream = grad_out ? *grad_out : zeros_as(q);
   const auto run = [&]<class Real>(Real) {
     const Problem<Real> problem(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale);
-    return backward(problem, Upstream<Real>(upstream, out, torch::stable::contiguous(lse), grad_lse), bias, needed);
+    return backward(problem, Upstream<Real>(upstream, out, lse, grad_lse), bias, needed);
   };
   return is_double(q) ? run(double()) : run(float());
 }

@@ -16,7 +16,7 @@ struct Item {
 template <class Real>
 class Forward {
  public:
-  Forward(const Problem<Real>& problem, int64_t most_queries, char* out, Real* lse)
+  Forward(const Problem<Real>& problem, int64_t most_queries, char* out, const LogSumExp& lse)
       : p(problem), out(out), lse(lse), panel_q(most_queries * p.ld), sums(most_queries * p.ld), keys(block_keys * p.ld),
         transposed(block_keys * p.dim), values(block_keys * p.ld), weights(std::min(block_queries, most_queries) * block_keys),
         maximum(most_queries), divisor(most_queries) {}
@@ -44,7 +44,7 @@ class Forward {
       const Real d = divisor[i];  // 0 where no key was seen; NaN stays
       p.kernels.narrow[p.q.dtype](sums.data() + i * p.ld, d == 0 ? Real(0) : 1 / d, p.dim,
                                   out + ((piece.b * p.q.length + t) * p.q.heads + item.head) * p.dim * p.q.bytes);
-      lse[head * p.q.length + t] = maximum[i] + std::log(d);
+      lse.write(head * p.q.length + t, double(maximum[i]) + std::log(double(d)));
     }
   }
 
@@ -61,14 +61,15 @@ class Forward {
 
   const Problem<Real>& p;
   char* out;
-  Real* lse;
+  LogSumExp lse;
   Buffer<Real> panel_q, sums, keys, transposed, values, weights, maximum, divisor;
 };
 
 template <class Real>
 std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
-  const ScalarType wide = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
-  const Tensor out = empty_as(p.q.tensor), lse = empty(p.q.tensor, {p.q.samples, p.q.heads, p.q.length}, wide);
+  const bool narrow = p.q.bytes == 2;
+  const Tensor out = empty_as(p.q.tensor);
+  const Tensor lse = empty(p.q.tensor, {p.q.samples, p.q.heads, p.q.length}, narrow ? ScalarType::Float : ScalarType::Double);
   std::vector<Item> items;
   int64_t most_queries = 0;
   for (const Piece& piece : p.pieces) {
@@ -78,7 +79,7 @@ std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
         items.push_back({&piece, head, t, std::min(queries_at_a_time, piece.queries - t)});
   }
   auto* out_data = static_cast<char*>(out.mutable_data_ptr());
-  auto* lse_data = static_cast<Real*>(lse.mutable_data_ptr());
+  const LogSumExp lse_data(lse);
   parallel_on_demand(static_cast<int64_t>(items.size()), [&] {
     return [&, worker = Forward<Real>(p, most_queries, out_data, lse_data)](int64_t i) mutable { worker(items[i]); };
   });

@@ -193,12 +193,16 @@ struct Loops {
     return factor;
   }
 
-  static void differentiate(Real* logits, Real* grad_weights, Real lse, Real inner, Real grad_lse, int64_t keys) {
+  static void differentiate(Real* logits, Real* grad_weights, double lse, Real inner, Real grad_lse, int64_t keys) {
     constexpr Real infinity = std::numeric_limits<Real>::infinity();
     fill_rest(logits, keys, -infinity);
-    const Vec subtracted = Lanes::broadcast(lse == -infinity ? infinity : lse), mean = Lanes::broadcast(inner - grad_lse);
+    const Real high = lse == -infinity ? infinity : static_cast<Real>(lse), low = high == infinity ? 0 : static_cast<Real>(lse - high);
+    const Vec subtracted = Lanes::broadcast(high), rest = Lanes::broadcast(low), mean = Lanes::broadcast(inner - grad_lse);
     for (int64_t j = 0; j < block_keys; j += W) {
-      const Vec weight = simd::exponential<Lanes>(Lanes::load(logits + j) - subtracted);
+      const Vec logit = Lanes::load(logits + j), difference = logit - subtracted, exact = simd::exponential<Lanes>(difference);
+      // What rounding the difference left out, which in fp32 would be twice the error of all else. Inf - Inf is no correction.
+      const Vec left_out = ((logit - difference) - subtracted) - rest;
+      const Vec weight = exact == 0 ? Vec{} : Lanes::fmadd(exact, left_out, exact);
       const Vec gradient = weight * (Lanes::load(grad_weights + j) - mean);
       Lanes::store(logits + j, weight);
       // A query that sees one key alone has no gradient but that of lse; the difference would be one of roundings.

@@ -91,6 +91,19 @@ inline std::vector<Piece> pieces_of(const Tokens& q, const Tokens& k, const Opti
   return pieces;
 }
 
+// (B, H, T): fp32 beside 16-bit queries, else fp64.
+struct LogSumExp {
+  void* data;
+  bool narrow;
+
+  explicit LogSumExp(const Tensor& lse) : data(const_cast<void*>(lse.const_data_ptr())), narrow(lse.scalar_type() == ScalarType::Float) {}
+  double operator[](int64_t i) const { return narrow ? static_cast<float*>(data)[i] : static_cast<double*>(data)[i]; }
+  void write(int64_t i, double value) const {
+    if (narrow) static_cast<float*>(data)[i] = static_cast<float>(value);
+    else static_cast<double*>(data)[i] = value;
+  }
+};
+
 template <class Real>
 struct Problem {
   const Kernels<Real>& kernels = kernels_of<Real>(selected());

@@ -36,7 +36,7 @@ struct Kernels {
   Real (*soften)(Real* logits, int64_t keys, Real* maximum, Real* sum);
   // logits -> weights exp(logit - lse), 0 past `keys`; grad_weights -> gradients of the logits: weight (grad - inner + grad_lse),
   // where inner = sum weight grad = out . grad_out
-  void (*differentiate)(Real* logits, Real* grad_weights, Real lse, Real inner, Real grad_lse, int64_t keys);
+  void (*differentiate)(Real* logits, Real* grad_weights, double lse, Real inner, Real grad_lse, int64_t keys);
   void (*scale)(Real* row, Real factor, int64_t ld);
   // out = the inner product of each row of a with the same row of b
   void (*dots)(int64_t rows, const Real* a, const Real* b, int64_t ld, Real* out);

@@ -80,7 +80,7 @@ def attention(
     out, lse = ATTENTION(implementation, q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale, deterministic)
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
-    return AttentionOutput(out, lse) if return_lse else out
+    return AttentionOutput(out, lse.to(reference.wide_dtype(q))) if return_lse else out
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +94,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def attention_fake(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale, deterministic):
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=reference.wide_dtype(q))
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=reference.lse_dtype(q))
 
 
 def attention_backward_fake(

@@ -26,7 +26,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     queries, keys, values = by_head(q, k, v, key_lengths)
     weights, lse = softmax(queries, keys, visible(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, causal), bias, scale)
-    return (weights @ values).transpose(1, 2).to(q.dtype), lse
+    return (weights @ values).transpose(1, 2).to(q.dtype), lse.to(lse_dtype(q))
 
 
 def attention_backward(
@@ -57,7 +57,7 @@ def attention_backward(
     # sum_s P dP is sum_d out dout, and the gradient of lse is P itself
     inner = (weights * grad_weights).sum(-1, keepdim=True)
     if grad_lse is not None:
-        inner = inner - grad_lse.unsqueeze(-1)
+        inner = inner - grad_lse.unsqueeze(-1).to(inner.dtype)
     # a weight of 0 has gradient 0, whatever an infinite logit made of the rest
     grad_logits = torch.where(weights == 0, 0, weights * (grad_weights - inner))
     none = q.new_empty(0)
@@ -71,6 +71,12 @@ def attention_backward(
 
 def wide_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Of the operator's second output. The backward's weights are exp(logit - lse): in fp32 the rounding of an lse of 6 would be
+    four of their own. `attention` gives lse in fp32."""
+    return torch.float64 if q.dtype in (torch.float64, torch.float32) else torch.float32
 
 
 def by_head(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

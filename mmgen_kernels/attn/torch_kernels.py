@@ -38,7 +38,7 @@ def attention(
     if q.device.type == "cpu":
         if key_lengths is None and cu_seqlens_q is None:
             return on_cpu(q, k, v, bias, causal, scale)
-        out, lse = q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=reference.wide_dtype(q))
+        out, lse = nothing_seen(q)
         for b, queries, keys in parts(q, k, *bounds):
             own = on_cpu(q[b, queries], k[b, keys], v[b, keys], bias_of(bias, b, keys), causal, scale)
             out[b, queries], lse[b, :, queries] = own
@@ -69,7 +69,7 @@ def attention_backward(
     bounds = (key_lengths, cu_seqlens_q, cu_seqlens_k)
     stock = grad_lse is None and not needs[3]  # stock kernels know neither of the other gradients
     if grad_out is not None and stock and q.device.type == "cpu":
-        lse = lse.masked_fill(lse == -torch.inf, 0)  # a row without keys: exp(-inf - 0) is the 0 that it should be
+        lse = lse.to(reference.wide_dtype(q)).masked_fill(lse == -torch.inf, 0)  # a row without keys: exp(-inf - 0) is 0
         if key_lengths is None and cu_seqlens_q is None:
             grads = on_cpu_backward(grad_out, q, k, v, out, lse, bias, causal, scale)
         else:
@@ -94,12 +94,12 @@ def attention_backward(
 
 def on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
-        return q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=reference.wide_dtype(q))
+        return nothing_seen(q)
     bias = as_mask(bias, q)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*by_head(q, k, v), 0.0, causal, attn_mask=bias, scale=scale)
     if bias is not None:
         lse = lse.masked_fill(blind(bias, q.shape[1], causal), -torch.inf)
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2), lse.to(reference.lse_dtype(q))
 
 
 def on_cpu_backward(
@@ -112,6 +112,10 @@ def on_cpu_backward(
         grad_out, *by_head(q, k, v), out, lse, 0.0, causal, attn_mask=as_mask(bias, q), scale=scale
     )
     return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+def nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=reference.lse_dtype(q))
 
 
 def as_mask(bias: Tensor | None, q: Tensor) -> Tensor | None:
