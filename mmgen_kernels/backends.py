@@ -116,8 +116,9 @@ def reasons_against(operator: Operator, implementation: str, device: str) -> lis
     return reasons
 
 
-def choose(operator: Operator, family: str, device: str) -> str:
-    """The implementation that serves `operator` on `device`."""
+def choose(operator: Operator, family: str, device: str, prefer: str | None = None) -> str:
+    """The implementation that serves `operator` on `device`; `prefer`: the one that serves these dtypes and sizes best, if nobody
+    asked for another."""
     forced = _forced.get(family) or _forced.get(None)
     if forced is not None:
         if reasons := reasons_against(operator, forced, device):
@@ -125,6 +126,8 @@ def choose(operator: Operator, family: str, device: str) -> str:
                 f"use_backend({forced!r}) cannot serve {operator.name}: {'; '.join(reasons)}\n{describe(operator, device)}"
             )
         return forced
+    if prefer is not None and not reasons_against(operator, prefer, device):
+        return prefer
     if torch.compiler.is_compiling() and (operator.name, device) in STEPS_ASIDE:
         return INLINE
     if device == "cpu" and operator.has_cpp:  # the common case, kept short: this runs on every eager call

@@ -190,10 +190,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem<Real>& p, cons
   Tensor grad_q = grad_of(0, p.q.tensor), grad_k = grad_of(1, p.k.tensor), grad_v = grad_of(2, p.v.tensor);
   const Gradients<Real> grads{four(grad_q), four(grad_k), four(grad_v)};
   const auto pieces = static_cast<int64_t>(p.pieces.size());
-  if (needed[0] || needed[1] || needed[2])
-    parallel_on_demand(pieces * p.k.heads, [&] {
+  if (needed[0] || needed[1] || needed[2]) {
+    const auto make = [&] {
       return [&, worker = Backward<Real>(p, up, grads)](int64_t i) mutable { worker(p.pieces[i / p.k.heads], i % p.k.heads); };
-    });
+    };
+    parallel_on_demand(pieces * p.k.heads, make, p.q.length * p.k.length * p.dim / 4 * p.group);
+  }
   if (!needed[3] || !bias) return {grad_q, grad_k, grad_v, empty(p.q.tensor, {0}, p.q.tensor.scalar_type())};
   const Tensor grad_bias = empty_as(*bias);
   const int64_t heads = grad_bias.size(1), rows = grad_bias.size(2), row_blocks = (rows + block_queries - 1) / block_queries;

@@ -80,9 +80,10 @@ std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
   }
   auto* out_data = static_cast<char*>(out.mutable_data_ptr());
   const LogSumExp lse_data(lse);
-  parallel_on_demand(static_cast<int64_t>(items.size()), [&] {
+  const auto make = [&] {
     return [&, worker = Forward<Real>(p, most_queries, out_data, lse_data)](int64_t i) mutable { worker(items[i]); };
-  });
+  };
+  parallel_on_demand(static_cast<int64_t>(items.size()), make, most_queries * p.k.length * p.dim / 8);  // 8 products of a cycle's 32
   return {out, lse};
 }
 

@@ -63,7 +63,7 @@ def attention_backward(
     none = q.new_empty(0)
     return (
         (scale * grad_logits @ keys).transpose(1, 2).to(q.dtype) if need_grad_q else none,
-        over_groups(scale * grad_logits.mT @ queries, k) if need_grad_k else none,
+        over_groups(grad_logits.mT @ (scale * queries), k) if need_grad_k else none,
         over_groups(weights.mT @ grad, v) if need_grad_v else none,
         grad_logits.sum_to_size(bias.shape).to(bias.dtype) if need_grad_bias and bias is not None else none,
     )
@@ -96,7 +96,7 @@ def over_groups(grad: Tensor, like: Tensor) -> Tensor:
 
 def softmax(queries: Tensor, keys: Tensor, seen: Tensor | None, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Weights (B, H, T, S) and the logarithm of their divisor (B, H, T): 0 and -inf where every key is masked."""
-    logits = scale * (queries @ keys.mT)
+    logits = scale * queries @ keys.mT
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
     if seen is not None:
