@@ -1,0 +1,2 @@
+def attention_backward(*a):
+    raise NotImplementedError

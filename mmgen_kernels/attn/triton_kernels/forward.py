@@ -1,0 +1,177 @@
+"""The operator forward: one kernel, one launch; the logits are never in memory."""
+
+# mypy: disable-error-code="assignment, var-annotated"
+# (tuples of tiles grow)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmgen_kernels.attn import reference
+from mmgen_kernels.attn.triton_kernels.configuration import chip, forward_configuration
+from mmgen_kernels.attn.triton_kernels.tiles import (
+    LN_2,
+    LOG2_E,
+    accumulate,
+    bias_arguments,
+    contract,
+    dense_rows,
+    head_of,
+    head_tiles,
+    load_bias,
+    load_tiles,
+    locate,
+    located,
+    number_of_tiles,
+    on,
+    store_tiles,
+    unit_of,
+    visible_keys,
+    zero_tiles,
+)
+
+
+@triton.jit
+def attend(
+    queries, shift, divisor, totals, begin, end, first, rows, keys,
+    k, k_t, v, v_t, bias, bias_t, bias_s, scale,
+    CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The running softmax over keys begin to end: shift is the largest logit so far, in units of log2 e and as it was rounded when
+    it was subtracted, divisor and totals are sums of 2^(logit - shift)."""
+    row = first + tl.arange(0, BLOCK_M)
+    for at in tl.range(begin, end, BLOCK_N):
+        column = at + tl.arange(0, BLOCK_N)
+        logits = contract(queries, load_tiles(k, column, keys, k_t, D, IN, UNIT, MASKED))  # (M, N)
+        if PRESCALED:
+            logits *= scale
+        if bias is not None:
+            logits += load_bias(bias, row[:, None], rows, column[None, :], keys, bias_t, bias_s, MASKED)
+        if MASKED:
+            seen = (column < keys)[None, :]
+            if CAUSAL:
+                seen = seen & (column[None, :] <= row[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+        largest = tl.max(logits, 1) if PRESCALED else tl.max(logits, 1) * scale
+        largest = tl.maximum(shift, largest)
+        subtract = tl.where(largest == float("-inf"), 0.0, largest)  # no key yet
+        if PRESCALED:
+            weights = tl.exp2(logits - subtract[:, None])
+        else:
+            weights = tl.exp2(logits * scale - subtract[:, None])  # one fused multiply-add: only `subtract` is rounded
+        shrink = tl.exp2(shift - subtract)
+        divisor = divisor * shrink + tl.sum(weights, 1)
+        values = load_tiles(v, column, keys, v_t, D, OUT, UNIT, MASKED)
+        shrunk = ()
+        for i in tl.static_range(len(OUT)):
+            shrunk += (totals[i] * shrink[:, None],)
+        totals = accumulate(shrunk, weights.to(v.dtype.element_ty), values)
+        shift = largest
+    return shift, divisor, totals
+
+
+INTEGERS = [
+    "q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "out_b", "out_t", "out_h", "bias_b", "bias_h", "bias_t",
+    "T", "S", "H", "group", "C", "tiles",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attention_forward(
+    q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, bias, bias_b, bias_h, bias_t, bias_s,
+    key_lengths, cu_seqlens_q, cu_seqlens_k, out, out_b, out_t, out_h, lse, T, S, H, group, C, tiles, scale,
+    CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, D: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head. scale is in units of log2 e; not PRESCALED: positive, and multiplied in the exponent."""
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    b, h = head // H, head % H
+    start, rows, start_k, keys, first = locate(tile, cu_seqlens_q, cu_seqlens_k, C, T, S, BLOCK_M)
+    if first >= rows:
+        return
+    keys = visible_keys(key_lengths, b, keys)
+    q = head_of(q, q_b, q_t, q_h, b, start, h, UNIT)
+    k = head_of(k, k_b, k_t, k_h, b, start_k, h // group, UNIT)
+    v = head_of(v, v_b, v_t, v_h, b, start_k, h // group, UNIT)
+    out = head_of(out, out_b, out_t, out_h, b, start, h, UNIT)
+    if bias is not None:
+        bias += b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
+
+    row = first + tl.arange(0, BLOCK_M)
+    queries = load_tiles(q, row, rows, q_t, D, IN, UNIT, True)
+    end = keys
+    whole = keys  # keys before it need no mask, in whole tiles
+    if CAUSAL:
+        end = tl.minimum(keys, first + BLOCK_M)
+        whole = tl.minimum(keys, first + 1)
+    whole = whole // BLOCK_N * BLOCK_N
+    shift = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    divisor = tl.zeros([BLOCK_M], tl.float32)
+    totals = zero_tiles(BLOCK_M, OUT)
+    shift, divisor, totals = attend(
+        queries, shift, divisor, totals, 0, whole, first, rows, keys, k, k_t, v, v_t, bias, bias_t, bias_s, scale,
+        CAUSAL, PRESCALED, False, D, IN, OUT, UNIT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    shift, divisor, totals = attend(
+        queries, shift, divisor, totals, whole, end, first, rows, keys, k, k_t, v, v_t, bias, bias_t, bias_s, scale,
+        CAUSAL, PRESCALED, True, D, IN, OUT, UNIT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+    empty = divisor == 0.0
+    divisor = tl.where(empty, 1.0, divisor)
+    store_tiles(out, row, rows, out_t, totals, (1.0 / divisor)[:, None], D, OUT, UNIT)
+    logarithm = tl.where(empty, float("-inf"), (shift + tl.log2(divisor)) * LN_2)
+    tl.store(lse + head.to(tl.int64) * T + start + row, logarithm, mask=row < rows)
+
+
+# -- launcher ---------------------------------------------------------------------------------------------------------
+
+
+def is_prescaled(bias: Tensor | None, scale: float) -> bool:
+    """Whether logits are scaled before their maximum is taken: a bias is added to scaled ones, and a scale that is not positive
+    would take the smallest for the largest."""
+    return bias is not None or not scale > 0
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    if q.dtype == torch.float64:
+        return reference.attention(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale, deterministic)
+    B, T, H, D = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    unit = unit_of(q, k, v, out)
+    c = forward_configuration(q.dtype, D, chip(q.device))
+    tiles = number_of_tiles(T, c.block_m, cu_seqlens_q)
+    with on(q):
+        attention_forward[(B * H * tiles,)](
+            *located(q, unit), *located(k, unit), *located(v, unit), *bias_arguments(bias),
+            key_lengths, contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), *located(out, unit), lse,
+            T, k.shape[1], H, H // k.shape[2], sequences(cu_seqlens_q), tiles, scale * LOG2_E.value,
+            CAUSAL=causal, PRESCALED=is_prescaled(bias, scale), UNIT=unit, **head_tiles(D), **c.constants(), **c.options(),
+        )  # fmt: skip
+    return out, lse
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def sequences(cu_seqlens: Tensor | None) -> int:
+    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -1,0 +1,214 @@
+"""How heads, sequences and tiles are found, loaded and multiplied, which all kernels of the family share.
+
+A head of D values is a few tiles, each a power of two wide as Triton wants it: 72 is 64 + 8, not 128 of which 44 % idle. Where D is
+contracted a tile has at least 16 columns, as a matrix instruction multiplies 16 at a time, and 72 is 64 + 16 with 8 columns of
+zeros. Kernels take both lists as constexprs, ((start, width), ...): IN where D is contracted, OUT where it is not.
+
+Rows are counted within their sequence, so that a packed sequence has the tiles, and the bits, that it has alone. Addresses are
+64-bit. Strides come divided by UNIT, 8 where all of them allow it: Triton itself notices multiples of 16 only, 72 is none, and
+without that knowledge a thread would load 2 bytes at a time instead of 16.
+"""
+
+# mypy: disable-error-code="assignment, var-annotated"
+# (tuples of tiles grow)
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+VECTOR = 8  # values in 16 bytes, of the 16-bit dtypes
+
+
+def tiles_of(D: int, narrowest: int) -> tuple[tuple[int, int], ...]:
+    """Powers of two, the largest first, until the rest fits a tile that adds at most a twelfth of D to what `narrowest` demands."""
+    tiles, start = [], 0
+    while start < D:
+        rest = D - start
+        width = max(narrowest, triton.next_power_of_2(rest))
+        if 12 * (width - triton.cdiv(rest, narrowest) * narrowest) > D:
+            width //= 2
+        tiles.append((start, width))
+        start += width
+    return tuple(tiles)
+
+
+def head_tiles(D: int) -> dict[str, Any]:
+    """The constexprs IN and OUT of a kernel."""
+    return {"D": D, "IN": tiles_of(D, 16), "OUT": tiles_of(D, 8)}
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """As it is where rows are contiguous, else one copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Of all dimensions but the last. What is alone in its dimension has no next, whatever torch says of its stride."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True))
+
+
+def unit_of(*tensors: Tensor) -> int:
+    return VECTOR if all(stride % VECTOR == 0 for t in tensors for stride in strides_of(t)) else 1
+
+
+def located(tensor: Tensor, unit: int) -> tuple[Any, ...]:
+    """(B, T, H, D): where it is, and its strides from sample to sample, token to token and head to head."""
+    return tensor, *(stride // unit for stride in strides_of(tensor))
+
+
+def bias_arguments(bias: Tensor | None) -> tuple[Any, ...]:
+    """(1 or B, 1 or H, 1 or T, 1 or S): where it is, and its strides, 0 where it is broadcast."""
+    if bias is None:
+        return None, 0, 0, 0, 0
+    return bias, *(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+
+
+def number_of_tiles(rows: int, block: int, cu_seqlens: Tensor | None) -> int:
+    """Programs that a head needs: of a packed batch as many as any C sequences could, and what lies outside of them, before and
+    after. Nobody asks the device."""
+    return triton.cdiv(rows, block) if cu_seqlens is None else rows // block + cu_seqlens.shape[0] + 1
+
+
+# -- in kernels: who am I ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def bound(cu_seqlens, c, C, N):
+    """Where the c-th of C + 2 sequences begins. The first and the last are what lies before and after all others."""
+    inside = (c >= 1) & (c <= C + 1)
+    at = tl.load(cu_seqlens + (c - 1), mask=inside, other=0).to(tl.int64)
+    at = tl.minimum(tl.maximum(at, 0), N).to(tl.int32)
+    return tl.where(inside, at, tl.where(c < 1, 0, N))
+
+
+@triton.jit
+def locate(tile, cu_own, cu_other, C, N, N_other, BLOCK: tl.constexpr):
+    """The sequence that tile belongs to: its start and length, those of its partner, and the tile's first row in it.
+
+    Sequence c may begin at tile `start // BLOCK + c`: from there to the next one's tile there is room for it, however the lengths
+    are, and finding c takes a binary search and no sum over all lengths before it.
+    """
+    if cu_own is None:
+        start, length, other, other_length, first = 0, N, 0, N_other, tile * BLOCK
+    else:
+        low, high = tile * 0, C + 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            begun = bound(cu_own, middle, C, N) // BLOCK + middle <= tile
+            low = tl.where(begun, middle, low)
+            high = tl.where(begun, high, middle - 1)
+        start = bound(cu_own, low, C, N)
+        length = bound(cu_own, low + 1, C, N) - start
+        other = bound(cu_other, low, C, N_other)
+        other_length = tl.maximum(bound(cu_other, low + 1, C, N_other) - other, 0)
+        other_length = tl.where((low >= 1) & (low <= C), other_length, 0)
+        first = (tile - start // BLOCK - low) * BLOCK
+    return start, length, other, other_length, first
+
+
+@triton.jit
+def visible_keys(key_lengths, b, length):
+    if key_lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(key_lengths + b).to(tl.int64), 0), length).to(tl.int32)
+    return length
+
+
+@triton.jit
+def head_of(pointer, stride_b, stride_t, stride_h, b, start, h, UNIT: tl.constexpr):
+    """Row 0 of a sequence's head."""
+    at = b.to(tl.int64) * (stride_b * UNIT) + h.to(tl.int64) * (stride_h * UNIT)
+    return pointer + (at + tl.cast(start, tl.int64) * (stride_t * UNIT))
+
+
+# -- in kernels: tiles ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_tiles(pointer, row, length, stride, D: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr):
+    """(BLOCK, width) each; 0 beyond D, and where MASKED beyond length."""
+    tiles = ()
+    at = row.to(tl.int64) * (stride * UNIT)
+    for i in tl.static_range(len(TILES)):
+        d = TILES[i][0] + tl.arange(0, TILES[i][1])
+        where = pointer + (at[:, None] + d[None, :])
+        if TILES[i][0] + TILES[i][1] > D:
+            if MASKED:
+                tiles += (tl.load(where, mask=(row < length)[:, None] & (d < D)[None, :], other=0.0),)
+            else:
+                tiles += (tl.load(where, mask=(d < D)[None, :], other=0.0),)
+        elif MASKED:
+            tiles += (tl.load(where, mask=(row < length)[:, None], other=0.0),)
+        else:
+            tiles += (tl.load(where),)
+    return tiles
+
+
+@triton.jit
+def load_out_tiles(
+    loaded, pointer, row, length, stride,
+    D: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The tiles OUT of rows of which the tiles IN are loaded: only those that differ are loaded again."""
+    tiles = ()
+    for i in tl.static_range(len(OUT)):
+        if i < len(IN) and IN[i][0] == OUT[i][0] and IN[i][1] == OUT[i][1]:
+            tiles += (loaded[i],)
+        else:
+            tiles += load_tiles(pointer, row, length, stride, D, (OUT[i],), UNIT, MASKED)
+    return tiles
+
+
+@triton.jit
+def store_tiles(pointer, row, length, stride, values, factor, D: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr):
+    """factor * values, rounded once."""
+    at = row.to(tl.int64) * (stride * UNIT)
+    for i in tl.static_range(len(OUT)):
+        d = OUT[i][0] + tl.arange(0, OUT[i][1])
+        mask = (row < length)[:, None] & (d < D)[None, :]
+        tl.store(pointer + (at[:, None] + d[None, :]), (factor * values[i]).to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zero_tiles(BLOCK: tl.constexpr, OUT: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(OUT)):
+        tiles += (tl.zeros([BLOCK, OUT[i][1]], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def contract(a, b):
+    """a b^T over the tiles IN, (rows of a, rows of b). fp32 is multiplied as fp32: one tf32 product would keep 10 bits of it."""
+    total = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    for i in tl.static_range(1, len(a)):
+        total = tl.dot(a[i], tl.trans(b[i]), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def accumulate(totals, weights, b):
+    """totals + weights b for the tiles OUT; weights are in b's dtype."""
+    sums = ()
+    for i in tl.static_range(len(b)):
+        sums += (tl.dot(weights, b[i], totals[i], input_precision="ieee"),)
+    return sums
+
+
+@triton.jit
+def load_bias(pointer, row, rows, column, columns, stride_t, stride_s, MASKED: tl.constexpr):
+    """Of an outer product of rows and columns, either (M, 1) by (1, N) or (1, M) by (N, 1), in units of log2 e."""
+    at = row.to(tl.int64) * stride_t + column.to(tl.int64) * stride_s
+    # of fp64 and fp16 alike; rows beyond the last have nothing to read
+    return tl.load(pointer + at, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32) * LOG2_E
