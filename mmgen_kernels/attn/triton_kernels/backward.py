@@ -1,2 +1,96 @@
-def attention_backward(*a):
-    raise NotImplementedError
+"""The operator backward. No kernel adds to what another program has written, and each walks in a fixed order: the same bits in every
+run, and for a sample whatever is around it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from mmgen_kernels.attn import reference
+from mmgen_kernels.attn.triton_kernels.backward_bias import attention_backward_bias
+from mmgen_kernels.attn.triton_kernels.backward_keys import attention_backward_keys
+from mmgen_kernels.attn.triton_kernels.backward_queries import attention_backward_queries
+from mmgen_kernels.attn.triton_kernels.configuration import backward_configuration, chip
+from mmgen_kernels.attn.triton_kernels.tiles import (
+    LOG2_E,
+    bias_arguments,
+    contiguous,
+    dense_rows,
+    head_tiles,
+    located,
+    number_of_tiles,
+    on,
+    sequences,
+    unit_of,
+)
+
+
+def attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    deterministic: bool,
+    need_grad_q: bool,
+    need_grad_k: bool,
+    need_grad_v: bool,
+    need_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = (need_grad_q, need_grad_k, need_grad_v, need_grad_bias and bias is not None)
+    if q.dtype == torch.float64:
+        return reference.attention_backward(
+            grad_out, grad_lse, q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, out, lse, causal, scale, deterministic, *needs
+        )
+    B, T, H, D = q.shape
+    S, G = k.shape[1:3]
+    empty = B * T == 0 or S == 0  # nobody attends
+    new = torch.zeros if empty else torch.empty
+    grad_q, grad_k, grad_v, grad_bias = (
+        new(t.shape if need else 0, dtype=t.dtype, device=t.device) if t is not None else q.new_empty(0)
+        for t, need in zip((q, k, v, bias), needs, strict=True)
+    )
+    if empty:
+        return grad_q, grad_k, grad_v, grad_bias
+
+    grad = torch.zeros_like(out) if grad_out is None else dense_rows(grad_out)
+    q, k, v, out = dense_rows(q), dense_rows(k), dense_rows(v), out.contiguous()
+    grad_lse, bounds = contiguous(grad_lse), (contiguous(cu_seqlens_q), contiguous(cu_seqlens_k))
+    delta = torch.empty_like(lse)  # (B, H, T)
+    unit = unit_of(q, k, v, grad, out)
+    c = backward_configuration(q.dtype, D, chip(q.device))
+    inputs = (*located(q, unit), *located(k, unit), *located(v, unit), *bias_arguments(bias))
+    upstream = located(grad, unit)
+    new_q, new_k = located(out, unit)[1:], (S * G * D // unit if B > 1 else 0, G * D // unit, D // unit)
+    floats = (scale * LOG2_E.value, scale)
+    constants = {"CAUSAL": causal, "UNIT": unit, **head_tiles(D), **c.constants(), **c.options()}
+    with on(q):
+        tiles = number_of_tiles(T, c.block_m, cu_seqlens_q)
+        attention_backward_queries[(B * H * tiles,)](
+            *inputs, key_lengths, *bounds, *upstream, lse, grad_lse, delta, out, grad_q if needs[0] else None, *new_q,
+            T, S, H, H // G, sequences(cu_seqlens_q), tiles, *floats, **constants,
+        )  # fmt: skip
+        if needs[1] or needs[2]:
+            tiles = number_of_tiles(S, c.block_n, cu_seqlens_k)
+            attention_backward_keys[(B * G * tiles,)](
+                *inputs, key_lengths, *bounds, *upstream, lse, delta, grad_k if needs[1] else None, grad_v if needs[2] else None,
+                *new_k, T, S, H, H // G, sequences(cu_seqlens_q), tiles, *floats, **constants,
+            )  # fmt: skip
+        if needs[3] and bias is not None:
+            del constants["OUT"]
+            samples, heads, rows, columns = bias.shape
+            tiles_m, tiles_n = triton.cdiv(rows, c.block_m), triton.cdiv(columns, c.block_n)
+            attention_backward_bias[(samples * heads * tiles_m * tiles_n,)](
+                *inputs, key_lengths, *upstream, lse, delta, grad_bias, T, S, H, H // G, heads, tiles_m, tiles_n,
+                B // samples, H // heads, floats[0], SUM_T=rows == 1, SUM_S=columns == 1, **constants,
+            )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_bias

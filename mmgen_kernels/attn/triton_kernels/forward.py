@@ -17,6 +17,7 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
     LOG2_E,
     accumulate,
     bias_arguments,
+    contiguous,
     contract,
     dense_rows,
     head_of,
@@ -27,6 +28,7 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
     located,
     number_of_tiles,
     on,
+    sequences,
     store_tiles,
     unit_of,
     visible_keys,
@@ -50,7 +52,7 @@ def attend(
         if PRESCALED:
             logits *= scale
         if bias is not None:
-            logits += load_bias(bias, row[:, None], rows, column[None, :], keys, bias_t, bias_s, MASKED)
+            logits += load_bias(bias, row[:, None], rows, column[None, :], keys, bias_t, bias_s)
         if MASKED:
             seen = (column < keys)[None, :]
             if CAUSAL:
@@ -99,7 +101,7 @@ def attention_forward(
     v = head_of(v, v_b, v_t, v_h, b, start_k, h // group, UNIT)
     out = head_of(out, out_b, out_t, out_h, b, start, h, UNIT)
     if bias is not None:
-        bias += b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
+        bias += tl.cast(b, tl.int64) * bias_b + tl.cast(h, tl.int64) * bias_h
 
     row = first + tl.arange(0, BLOCK_M)
     queries = load_tiles(q, row, rows, q_t, D, IN, UNIT, True)
@@ -123,9 +125,9 @@ def attention_forward(
 
     empty = divisor == 0.0
     divisor = tl.where(empty, 1.0, divisor)
-    store_tiles(out, row, rows, out_t, totals, (1.0 / divisor)[:, None], D, OUT, UNIT)
+    store_tiles(out, row, rows, rows, out_t, totals, (1.0 / divisor)[:, None], D, OUT, UNIT)
     logarithm = tl.where(empty, float("-inf"), (shift + tl.log2(divisor)) * LN_2)
-    tl.store(lse + head.to(tl.int64) * T + start + row, logarithm, mask=row < rows)
+    tl.store(lse + tl.cast(head, tl.int64) * T + start + row, logarithm, mask=row < rows)
 
 
 # -- launcher ---------------------------------------------------------------------------------------------------------
@@ -167,11 +169,3 @@ def attention(
             CAUSAL=causal, PRESCALED=is_prescaled(bias, scale), UNIT=unit, **head_tiles(D), **c.constants(), **c.options(),
         )  # fmt: skip
     return out, lse
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def sequences(cu_seqlens: Tensor | None) -> int:
-    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

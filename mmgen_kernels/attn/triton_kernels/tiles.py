@@ -80,6 +80,13 @@ def number_of_tiles(rows: int, block: int, cu_seqlens: Tensor | None) -> int:
     after. Nobody asks the device."""
     return triton.cdiv(rows, block) if cu_seqlens is None else rows // block + cu_seqlens.shape[0] + 1
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def sequences(cu_seqlens: Tensor | None) -> int:
+    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
 
 # -- in kernels: who am I ---------------------------------------------------------------------------------------------
 
@@ -128,7 +135,7 @@ def visible_keys(key_lengths, b, length):
 @triton.jit
 def head_of(pointer, stride_b, stride_t, stride_h, b, start, h, UNIT: tl.constexpr):
     """Row 0 of a sequence's head."""
-    at = b.to(tl.int64) * (stride_b * UNIT) + h.to(tl.int64) * (stride_h * UNIT)
+    at = tl.cast(b, tl.int64) * (stride_b * UNIT) + tl.cast(h, tl.int64) * (stride_h * UNIT)
     return pointer + (at + tl.cast(start, tl.int64) * (stride_t * UNIT))
 
 
@@ -171,13 +178,14 @@ def load_out_tiles(
 
 
 @triton.jit
-def store_tiles(pointer, row, length, stride, values, factor, D: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr):
-    """factor * values, rounded once."""
+def store_tiles(pointer, row, length, valid, stride, values, factor, D: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr):
+    """factor * values, rounded once; 0 from the row `valid` on."""
     at = row.to(tl.int64) * (stride * UNIT)
     for i in tl.static_range(len(OUT)):
         d = OUT[i][0] + tl.arange(0, OUT[i][1])
         mask = (row < length)[:, None] & (d < D)[None, :]
-        tl.store(pointer + (at[:, None] + d[None, :]), (factor * values[i]).to(pointer.dtype.element_ty), mask=mask)
+        scaled = tl.where((row < valid)[:, None], factor * values[i], 0.0)
+        tl.store(pointer + (at[:, None] + d[None, :]), scaled.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -207,8 +215,7 @@ def accumulate(totals, weights, b):
 
 
 @triton.jit
-def load_bias(pointer, row, rows, column, columns, stride_t, stride_s, MASKED: tl.constexpr):
-    """Of an outer product of rows and columns, either (M, 1) by (1, N) or (1, M) by (N, 1), in units of log2 e."""
+def load_bias(pointer, row, rows, column, columns, stride_t, stride_s):
+    """In units of log2 e, of any float dtype: (M, 1) rows by (1, N) columns, or the transpose."""
     at = row.to(tl.int64) * stride_t + column.to(tl.int64) * stride_s
-    # of fp64 and fp16 alike; rows beyond the last have nothing to read
     return tl.load(pointer + at, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32) * LOG2_E
