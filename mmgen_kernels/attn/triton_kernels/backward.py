@@ -11,12 +11,22 @@ from mmgen_kernels.attn import reference
 from mmgen_kernels.attn.triton_kernels.backward_bias import attention_backward_bias
 from mmgen_kernels.attn.triton_kernels.backward_keys import attention_backward_keys
 from mmgen_kernels.attn.triton_kernels.backward_queries import attention_backward_queries
-from mmgen_kernels.attn.triton_kernels.configuration import backward_configuration, chip
+from mmgen_kernels.attn.triton_kernels.backward_short import attention_backward_short
+from mmgen_kernels.attn.triton_kernels.configuration import (
+    bias_configuration,
+    chip,
+    is_short,
+    keys_configuration,
+    queries_configuration,
+    resident_programs,
+    short_configuration,
+)
 from mmgen_kernels.attn.triton_kernels.tiles import (
     LOG2_E,
     bias_arguments,
     contiguous,
     dense_rows,
+    dense_strides,
     head_tiles,
     located,
     number_of_tiles,
@@ -67,30 +77,44 @@ def attention_backward(
     grad_lse, bounds = contiguous(grad_lse), (contiguous(cu_seqlens_q), contiguous(cu_seqlens_k))
     delta = torch.empty_like(lse)  # (B, H, T)
     unit = unit_of(q, k, v, grad, out)
-    c = backward_configuration(q.dtype, D, chip(q.device))
+    at = q.dtype, D, chip(q.device)
     inputs = (*located(q, unit), *located(k, unit), *located(v, unit), *bias_arguments(bias))
     upstream = located(grad, unit)
-    new_q, new_k = located(out, unit)[1:], (S * G * D // unit if B > 1 else 0, G * D // unit, D // unit)
+    new_q, new_k = (tuple(stride // unit for stride in dense_strides(t)) for t in (q, k))
     floats = (scale * LOG2_E.value, scale)
-    constants = {"CAUSAL": causal, "UNIT": unit, **head_tiles(D), **c.constants(), **c.options()}
+    constants = {"CAUSAL": causal, "UNIT": unit, **head_tiles(D)}
     with on(q):
-        tiles = number_of_tiles(T, c.block_m, cu_seqlens_q)
-        attention_backward_queries[(B * H * tiles,)](
-            *inputs, key_lengths, *bounds, *upstream, lse, grad_lse, delta, out, grad_q if needs[0] else None, *new_q,
-            T, S, H, H // G, sequences(cu_seqlens_q), tiles, *floats, **constants,
-        )  # fmt: skip
-        if needs[1] or needs[2]:
-            tiles = number_of_tiles(S, c.block_n, cu_seqlens_k)
-            attention_backward_keys[(B * G * tiles,)](
-                *inputs, key_lengths, *bounds, *upstream, lse, delta, grad_k if needs[1] else None, grad_v if needs[2] else None,
-                *new_k, T, S, H, H // G, sequences(cu_seqlens_q), tiles, *floats, **constants,
+        c = short_configuration(*at)
+        if c is not None and cu_seqlens_q is None and is_short(T, S) and all(needs[:3]):
+            programs = min(B * G, resident_programs(q.device, c))
+            scratch = torch.empty((programs, H // G, T, D) if c.block_n < S else 0, dtype=torch.float32, device=q.device)
+            attention_backward_short[(programs,)](
+                *inputs, key_lengths, *upstream, lse, grad_lse, delta, out, grad_q, *new_q, grad_k, grad_v, *new_k, scratch,
+                T, S, H, H // G, B * G, *floats, **constants, **c.constants(), **c.options(),
             )  # fmt: skip
+        else:
+            c = queries_configuration(*at)
+            tiles = number_of_tiles(T, c.block_m, cu_seqlens_q)
+            attention_backward_queries[(B * H * tiles,)](
+                *inputs, key_lengths, *bounds, *upstream, lse, grad_lse, delta, out, grad_q if needs[0] else None, *new_q,
+                T, S, H, H // G, sequences(cu_seqlens_q), tiles, *floats, **constants, **c.constants(), **c.options(),
+            )  # fmt: skip
+            if needs[1] or needs[2]:
+                c = keys_configuration(*at)
+                tiles = number_of_tiles(S, c.block_n, cu_seqlens_k)
+                attention_backward_keys[(B * G * tiles,)](
+                    *inputs, key_lengths, *bounds, *upstream, lse, delta, grad_k if needs[1] else None,
+                    grad_v if needs[2] else None, *new_k, T, S, H, H // G, sequences(cu_seqlens_q), tiles, *floats,
+                    **constants, **c.constants(), **c.options(),
+                )  # fmt: skip
         if needs[3] and bias is not None:
+            c = bias_configuration(*at)
             del constants["OUT"]
             samples, heads, rows, columns = bias.shape
             tiles_m, tiles_n = triton.cdiv(rows, c.block_m), triton.cdiv(columns, c.block_n)
             attention_backward_bias[(samples * heads * tiles_m * tiles_n,)](
                 *inputs, key_lengths, *upstream, lse, delta, grad_bias, T, S, H, H // G, heads, tiles_m, tiles_n,
-                B // samples, H // heads, floats[0], SUM_T=rows == 1, SUM_S=columns == 1, **constants,
+                B // samples, H // heads, floats[0], SUM_T=rows == 1, SUM_S=columns == 1,
+                **constants, **c.constants(), **c.options(),
             )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias

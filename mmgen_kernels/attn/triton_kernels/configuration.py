@@ -33,7 +33,40 @@ def forward_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int
     return Configuration(64, 64, 4, 3)
 
 
-def backward_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
+SHORT = 512  # queries, and keys
+
+
+def is_short(T: int, S: int) -> bool:
+    """By the lengths alone: with few samples and heads the two kernels would fill a chip better, but what could change a rounding
+    may not depend on their number."""
+    return T <= SHORT and S <= SHORT
+
+
+def queries_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
     if dtype == torch.float32:
         return Configuration(32, 32, 4, 2)
     return Configuration(64, 64, 4, 2)
+
+
+def keys_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
+    if dtype == torch.float32:
+        return Configuration(32, 32, 4, 2)
+    return Configuration(64, 64, 4, 2)
+
+
+def short_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration | None:
+    if dtype == torch.float32:
+        return Configuration(32, 32, 4, 2)
+    return Configuration(64, 64, 4, 2)
+
+
+def bias_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
+    if dtype == torch.float32:
+        return Configuration(32, 32, 4, 2)
+    return Configuration(64, 64, 4, 2)
+
+
+def resident_programs(device: torch.device, c: Configuration) -> int:
+    """Of attention_backward_short: two blocks of 4 warps fit a multiprocessor, or one of 8. The interpreter has 4 of them."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return multiprocessors * (8 // c.num_warps)

@@ -59,6 +59,12 @@ def strides_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True))
 
 
+def dense_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """That a contiguous tensor of its shape has."""
+    _, tokens, heads, D = tensor.shape
+    return tokens * heads * D, heads * D, D
+
+
 def unit_of(*tensors: Tensor) -> int:
     return VECTOR if all(stride % VECTOR == 0 for t in tensors for stride in strides_of(t)) else 1
 
