@@ -1,7 +1,8 @@
 """A process in which Triton's interpreter runs the kernels on CPU tensors: TRITON_INTERPRET must be set before triton is imported.
 
 And what makes the interpreter tell the truth about bf16, which it holds as 16-bit integers: a product would be taken of the raw
-bits, and a cast would truncate. With the repair casts are right and arithmetic is an error; kernels widen what they load anyway.
+bits, and a cast would truncate. With the repair casts and matrix products are right and other arithmetic is an error; kernels widen
+what they load anyway.
 """
 
 import concurrent.futures
@@ -230,6 +231,15 @@ def repair_bf16():
 
         return guarded
 
-    InterpreterBuilder.cast_impl = repaired_cast
-    for name in ("binary_op", "unary_op", "create_dot"):
+    dot = InterpreterBuilder.create_dot
+
+    def repaired_dot(self, a, b, *rest):
+        """Products of bf16 are exact in fp32."""
+        return dot(self, *(cast_up(self, t) if is_bf16(t) else t for t in (a, b)), *rest)
+
+    def cast_up(self, handle):
+        return repaired_cast(self, handle, tl.float32)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = repaired_cast, repaired_dot
+    for name in ("binary_op", "unary_op"):
         setattr(InterpreterBuilder, name, refusing(getattr(InterpreterBuilder, name)))

@@ -86,8 +86,8 @@ def attention_backward(
     with on(q):
         c = short_configuration(*at)
         if c is not None and cu_seqlens_q is None and is_short(T, S) and all(needs[:3]):
-            programs = min(B * G, resident_programs(q.device, c))
-            scratch = torch.empty((programs, H // G, T, D) if c.block_n < S else 0, dtype=torch.float32, device=q.device)
+            programs = min(B * G, resident_programs(q.device))
+            scratch = torch.empty((programs, H // G, T, D), dtype=torch.float32, device=q.device)
             attention_backward_short[(programs,)](
                 *inputs, key_lengths, *upstream, lse, grad_lse, delta, out, grad_q, *new_q, grad_k, grad_v, *new_k, scratch,
                 T, S, H, H // G, B * G, *floats, **constants, **c.constants(), **c.options(),
