@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import mmgen_kernels as mk
 from mmgen_kernels.attn import ops, reference
@@ -62,12 +61,13 @@ def inputs_of(dims=(2, 33, 65, 2, 2, 72), dtype=F16, bias=None, bias_dtype=F32, 
     return inputs
 
 
-def results(call, inputs, **options):
+def results(call, inputs, use_lse=True, **options):
     """out, lse and the gradients of the inputs, by name. Upstream gradients are the same for the same shape."""
     inputs = {n: t.detach().requires_grad_() for n, t in inputs.items()}
     out, lse = call(inputs["q"], inputs["k"], inputs["v"], bias=inputs.get("bias"), **options)
     upstream = random(*out.shape, seed=11).to(out.dtype), random(*lse.shape, seed=12).to(lse.dtype)
-    grads = torch.autograd.grad((out, lse), list(inputs.values()), upstream)
+    used = 2 if use_lse else 1
+    grads = torch.autograd.grad((out, lse)[:used], list(inputs.values()), upstream[:used])
     return {"out": out.detach(), "lse": lse.detach()} | {f"gradient of {n}": g for n, g in zip(inputs, grads, strict=True)}
 
 
@@ -94,7 +94,10 @@ def plain(q, k, v, *, bias=None, causal=False, scale=None, key_lengths=None, cu_
 
 
 def judge(inputs, **options):
-    ours, same_dtype = by("triton", inputs, **options), results(plain, inputs, **options)
+    """Without a gradient of lse by torch's own kernel, which saves lse as ours do: at logits of 1e4 what its rounding has lost cannot
+    be found again. Else by PyTorch written out, as sdpa rounds 16-bit weights like ours and chance would decide."""
+    ours = by("triton", inputs, **options)
+    same_dtype = results(plain, inputs, **options) if options.get("use_lse", True) else by("torch", inputs, **options)
     truth = by("reference", {n: t.double() for n, t in inputs.items()}, **options)
     assert list(ours) == list(truth)
     for name in ours:
@@ -130,7 +133,7 @@ CASES = {
     "fp32 causal": {"dims": (2, 65, 65, 1, 1, 8), "dtype": F32, "causal": True, "lengths": (33, 64)},
     "negative scale": {"dims": (1, 17, 65, 1, 1, 24), "dtype": F16, "scale": -0.5},
     "scale 0": {"dims": (1, 17, 33, 1, 1, 64), "dtype": F32, "scale": 0.0, "causal": True},
-    "huge logits": {"dims": (1, 33, 65, 1, 1, 64), "dtype": F32, "factor": 3e3},
+    "huge logits": {"dims": (1, 33, 65, 1, 1, 64), "dtype": F32, "factor": 3e3, "use_lse": False},
     "huge logits, bf16": {"dims": (1, 33, 65, 1, 1, 72), "dtype": BF16, "factor": 3e3},
     "huge logits, causal": {"dims": (1, 65, 65, 1, 1, 24), "dtype": F16, "factor": 1e3, "scale": 1.0, "causal": True},
 }
@@ -142,7 +145,7 @@ def test_against_fp64(process, name):
 
 
 def judge_case(case):
-    options = {n: v for n, v in case.items() if n in ("causal", "scale")}
+    options = {n: v for n, v in case.items() if n in ("causal", "scale", "use_lse")}
     if "lengths" in case:
         options["key_lengths"] = torch.tensor(case["lengths"], dtype=torch.int32)
     inputs = inputs_of(**{n: v for n, v in case.items() if n in ("dims", "dtype", "factor")})
@@ -156,28 +159,11 @@ def test_nearly_torchs_own_kernel(process):
 
 def judge_against_sdpa():
     inputs = inputs_of((2, 100, 200, 2, 2, 80), F16)
-    ours, truth = by("triton", inputs), by("reference", {n: t.double() for n, t in inputs.items()})
-
-    def sdpa(q, k, v, bias):
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-        return out, by("reference", inputs)["lse"].requires_grad_()
-
-    grad_lse = torch.zeros_like(ours["lse"])
-    leaves = [inputs[n].detach().requires_grad_() for n in "qkv"]
-    upstream = random(*inputs["q"].shape, seed=11).to(F16)
-    out, _ = sdpa(*leaves, None)
-    theirs = [out, *torch.autograd.grad(out, leaves, upstream)]
-    with mk.use_backend("triton"):
-        found = ops.attention(*leaves)
-        found = [found, *torch.autograd.grad(found, leaves, upstream)]
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    with mk.use_backend("reference"):
-        exact = ops.attention(*wide)
-        exact = [exact, *torch.autograd.grad(exact, wide, upstream.double())]
-    del grad_lse, truth
-    for name, a, b, c in zip(("out", "q", "k", "v"), found, theirs, exact, strict=True):
-        ratio = tolerance.rms((a - c).detach()) / tolerance.rms((b - c).detach())
-        assert ratio <= (1.01 if name == "q" else 1.0), (name, ratio)
+    ours, theirs = (by(i, inputs, use_lse=False) for i in ("triton", "torch"))
+    truth = by("reference", {n: t.double() for n, t in inputs.items()}, use_lse=False)
+    for name in ("out", "gradient of q", "gradient of k", "gradient of v"):
+        ratio = tolerance.rms(ours[name] - truth[name]) / tolerance.rms(theirs[name] - truth[name])
+        assert ratio <= (1.01 if name == "gradient of q" else 1.0), (name, ratio)
 
 
 BROADCASTS = [
@@ -186,31 +172,37 @@ BROADCASTS = [
 ]
 
 
+BIAS_DTYPES = (F32, F64, BF16, F16)
+
+
 @pytest.mark.parametrize("causal", (False, True))
 def test_bias_of_every_shape(process, causal):
     process.submit(judge_biases, causal).result()
 
 
 def judge_biases(causal):
-    for i, shape in enumerate(BROADCASTS[causal::2]):
-        inputs = inputs_of((2, 17, 33, 2, 1, 8), F32, shape, (F32, F64, BF16, F16)[i % 4])
-        if shape[2:] == (17, 33):
+    """All shapes as one sample of errors: of the largest of a few hundred chance would decide."""
+    cases = [inputs_of((2, 17, 33, 2, 1, 24), F32, shape, BIAS_DTYPES[i % 4]) for i, shape in enumerate(BROADCASTS)]
+    for inputs in cases:
+        if inputs["bias"].shape[2:] == (17, 33):
             inputs["bias"][..., 3, :] = -torch.inf  # a query without keys
             inputs["bias"][..., 5, ::2] = -torch.inf
-        judge_bias(inputs, causal=causal)
     # of lower rank, and a view whose keys are not next to each other
-    judge_bias(inputs_of((2, 17, 33, 2, 1, 8), F32) | {"bias": random(33, 17, seed=4).mT}, causal=causal)
-
-
-def judge_bias(inputs, **options):
-    """An fp16 bias is added as it is: the law for fp32 holds but for its own gradient's rounding."""
-    ours, truth = by("triton", inputs, **options), by("reference", {n: t.double() for n, t in inputs.items()}, **options)
-    plainly = by("reference", inputs, **options)
-    for name in ours:
-        _, failure = tolerance.failure(name, ours[name], plainly[name].to(ours[name].dtype), truth[name])
-        if ours[name].dtype == F64:  # what is summed in fp32 is stored as fp64
-            _, failure = tolerance.failure(name, ours[name].float(), plainly[name].float(), truth[name])
-        assert failure is None, (inputs["bias"].shape, inputs["bias"].dtype, failure)
+    cases.append(inputs_of((2, 17, 33, 2, 1, 24), F32) | {"bias": random(33, 17, seed=4).mT})
+    errors = {}
+    for inputs in cases:
+        wide = {n: t.double() for n, t in inputs.items()}
+        ours, plainly = (by(implementation, inputs, causal=causal) for implementation in ("triton", "reference"))
+        for name, exact in by("reference", wide, causal=causal).items():
+            assert ours[name].dtype == plainly[name].dtype and ours[name].shape == exact.shape
+            of = f"{name}, {ours[name].dtype}"
+            trio = (ours[name], plainly[name], exact)
+            if ours[name].dtype == F64:  # summed in fp32
+                trio = (ours[name].float(), plainly[name].float(), exact)
+            errors.setdefault(of, []).append([t.flatten() for t in trio])
+    for name, tensors in errors.items():
+        _, failure = tolerance.failure(name, *(torch.cat(t) for t in zip(*tensors, strict=True)))
+        assert failure is None, failure
 
 
 def test_bias_of_16_bits(process):
@@ -246,7 +238,7 @@ def again_and_alone(dims, dtype, causal=False):
         for b in range(3):
             given = {n: t[b : b + 1].detach().requires_grad_() for n, t in inputs.items()}
             out, lse = ops.attention(*given.values(), causal=causal, key_lengths=lengths[b : b + 1], return_lse=True)
-            upstream = [random(*t.shape, seed=s).to(d)[b : b + 1] for t, s, d in ((whole["out"], 11, dtype), (whole["lse"], 12, F32))]
+            upstream = random(*whole["out"].shape, seed=11).to(dtype)[b : b + 1], random(*whole["lse"].shape, seed=12)[b : b + 1]
             alone = (out, lse, *torch.autograd.grad((out, lse), list(given.values()), upstream))
             for (key, of_whole), one in zip(whole.items(), alone, strict=True):
                 assert torch.equal(of_whole[b : b + 1], one), key
@@ -354,12 +346,13 @@ def clamp_bounds():
     inputs = inputs_of((3, 40, 50, 1, 1, 8), F32)
     wide = {n: t.clone() for n, t in inputs.items()}
     for t in wide.values():
-        t[0], t[2] = torch.nan, torch.nan
+        t[::2] = torch.nan
     wrong = {"cu_seqlens_q": torch.tensor([-7, 20, 99]), "cu_seqlens_k": torch.tensor([-2**40, 30, 2**40])}
     right = {"cu_seqlens_q": torch.tensor([0, 20, 40]), "cu_seqlens_k": torch.tensor([0, 30, 50])}
-    assert_same(by("triton", {n: t[1] for n, t in wide.items()}, **wrong), by("triton", {n: t[1] for n, t in inputs.items()}, **right))
+    inputs, wide = {n: t[1] for n, t in inputs.items()}, {n: t[1] for n, t in wide.items()}
+    assert_same(by("triton", wide, **wrong), by("triton", inputs, **right))
     down = {"cu_seqlens_q": torch.tensor([30, 10, 40]), "cu_seqlens_k": torch.tensor([40, 10, 50])}  # senseless, and harmless
-    assert by("triton", {n: t[1] for n, t in inputs.items()}, **down)["out"].shape == (40, 1, 8)
+    assert by("triton", wide, **down)["out"].shape == (40, 1, 8)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -444,10 +437,12 @@ def test_addresses_beyond_32_bits(process):
 
 
 def far_apart():
-    """Samples 4 GiB apart in memory that is never touched between them, and heads and tokens 2 GiB apart."""
+    """Samples, heads or tokens 4 GiB apart, in memory that is never touched between them."""
     B, T, H, D = 2, 2, 2, 8
     far = 2**31 + 8
-    memory = torch.frombuffer(mmap.mmap(-1, 2 * (4 * far + D)), dtype=F16)
+
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + B * T * H * D), flags=flags), dtype=F16)
     dense = random(B, T, H, D, seed=1, dtype=F16)
     for strides in ((far, H * D, D, 1), (T * D, D, far, 1), (H * D, far, D, 1)):
         view = memory.as_strided(dense.shape, strides)

@@ -1,5 +1,5 @@
-"""The operator backward. No kernel adds to what another program has written, and each walks in a fixed order: the same bits in every
-run, and for a sample whatever is around it."""
+"""The operator backward. No kernel adds to what another program has written, and each walks in a fixed order: the same bits in
+every run, and for a sample whatever is around it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from mmgen_kernels.attn.triton_kernels.configuration import (
     short_configuration,
 )
 from mmgen_kernels.attn.triton_kernels.tiles import (
-    LOG2_E,
     bias_arguments,
     contiguous,
     dense_rows,
@@ -33,6 +32,7 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
     on,
     sequences,
     unit_of,
+    unit_of_logits,
 )
 
 
@@ -59,8 +59,9 @@ def attention_backward(
     needs = (need_grad_q, need_grad_k, need_grad_v, need_grad_bias and bias is not None)
     if q.dtype == torch.float64:
         return reference.attention_backward(
-            grad_out, grad_lse, q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, out, lse, causal, scale, deterministic, *needs
-        )
+            grad_out, grad_lse, q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, out, lse, causal, scale, deterministic,
+            *needs,
+        )  # fmt: skip
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
     empty = B * T == 0 or S == 0  # nobody attends
@@ -81,7 +82,7 @@ def attention_backward(
     inputs = (*located(q, unit), *located(k, unit), *located(v, unit), *bias_arguments(bias))
     upstream = located(grad, unit)
     new_q, new_k = (tuple(stride // unit for stride in dense_strides(t)) for t in (q, k))
-    floats = (scale * LOG2_E.value, scale)
+    floats = (scale * unit_of_logits(q.dtype), scale)
     constants = {"CAUSAL": causal, "UNIT": unit, **head_tiles(D)}
     with on(q):
         c = short_configuration(*at)

@@ -25,8 +25,8 @@ def attention_backward_bias(
     SUM_T: tl.constexpr, SUM_S: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, IN: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program ((sample, head), tile of queries, tile of keys) of the bias, of which it has `heads` a sample. It walks b_walk samples
-    and h_walk heads, and all queries where SUM_T, all keys where SUM_S."""
+    """Program ((sample, head), tile of queries, tile of keys) of the bias, of which it has `heads` a sample. It walks b_walk
+    samples and h_walk heads, and all queries where SUM_T, all keys where SUM_S."""
     tile_n, rest = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n
     tile_m, head = rest % tiles_m, rest // tiles_m
     row_first, column_first = tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -46,14 +46,14 @@ def attention_backward_bias(
                 row = at_m + tl.arange(0, BLOCK_M)
                 queries = load_tiles(q_head, row, T, q_t, D, IN, UNIT, True)
                 grads = load_tiles(grad_head, row, T, grad_t, D, IN, UNIT, True)
-                exponent = load_exponent(lse + row_0, row, T)
+                exponent = load_exponent(lse + row_0, row, T, k)
                 inner = tl.load(delta + row_0 + row, mask=row < T, other=0.0)
                 for at_n in tl.range(column_first, column_end, BLOCK_N):
                     column = at_n + tl.arange(0, BLOCK_N)
                     k_tiles = load_tiles(k_head, column, keys, k_t, D, IN, UNIT, True)
                     weights = weights_of(
                         queries, k_tiles, exponent[:, None], row[:, None], T, column[None, :], keys, bias_head, bias_t, bias_s,
-                        scale,
+                        scale, k,
                     )  # fmt: skip
                     seen = (column < keys)[None, :]
                     if CAUSAL:

@@ -16,6 +16,7 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
     load_out_tiles,
     load_tiles,
     locate,
+    scaled,
     store_tiles,
     visible_keys,
     zero_tiles,
@@ -62,9 +63,9 @@ def attention_backward_keys(
         for at in tl.range(begin, end, BLOCK_M, disable_licm=True):
             row = at + tl.arange(0, BLOCK_M)
             queries = load_tiles(q_head, row, rows, q_t, D, IN, UNIT, True)
-            exponent = load_exponent(lse + row_0, row, rows)
+            exponent = load_exponent(lse + row_0, row, rows, k)
             weights = weights_of(
-                k_tiles, queries, exponent[None, :], row[None, :], rows, column[:, None], keys, bias_head, bias_t, bias_s, scale
+                k_tiles, queries, exponent[None, :], row[None, :], rows, column[:, None], keys, bias_head, bias_t, bias_s, scale, k
             )  # (N, M)
             if CAUSAL:
                 weights = tl.where(column[:, None] <= row[None, :], weights, 0.0)
@@ -79,7 +80,7 @@ def attention_backward_keys(
                 k_total = accumulate(k_total, grad_logits.to(q.dtype.element_ty), queries_out)
     if grad_v is not None:
         grad_v = head_of(grad_v, new_b, new_t, new_h, b, start_k, g, UNIT)
-        store_tiles(grad_v, column, length, keys, new_t, v_total, 1.0, D, OUT, UNIT)
+        store_tiles(grad_v, column, length, keys, new_t, v_total, D, OUT, UNIT)
     if grad_k is not None:
         grad_k = head_of(grad_k, new_b, new_t, new_h, b, start_k, g, UNIT)
-        store_tiles(grad_k, column, length, keys, new_t, k_total, factor, D, OUT, UNIT)
+        store_tiles(grad_k, column, length, keys, new_t, scaled(k_total, factor), D, OUT, UNIT)

@@ -16,6 +16,7 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
     load_out_tiles,
     load_tiles,
     locate,
+    scaled,
     store_tiles,
     visible_keys,
     zero_tiles,
@@ -37,7 +38,7 @@ def walk_keys(
         column = at + tl.arange(0, BLOCK_N)
         k_tiles = load_tiles(k, column, keys, k_t, D, IN, UNIT, MASKED)
         weights = weights_of(
-            queries, k_tiles, exponent[:, None], row[:, None], rows, column[None, :], keys, bias, bias_t, bias_s, scale
+            queries, k_tiles, exponent[:, None], row[:, None], rows, column[None, :], keys, bias, bias_t, bias_s, scale, k
         )  # (M, N)
         if MASKED:
             seen = (column < keys)[None, :]
@@ -78,7 +79,7 @@ def attention_backward_queries(
         v = head_of(v, v_b, v_t, v_h, b, start_k, h // group, UNIT)
         if bias is not None:
             bias += tl.cast(b, tl.int64) * bias_b + tl.cast(h, tl.int64) * bias_h
-        exponent = load_exponent(lse + row_0, row, rows)
+        exponent = load_exponent(lse + row_0, row, rows, k)
         end = keys
         whole = keys  # keys before it need no mask, in whole tiles
         if CAUSAL:
@@ -95,5 +96,5 @@ def attention_backward_queries(
             CAUSAL, True, D, IN, OUT, UNIT, BLOCK_N,
         )  # fmt: skip
         store_tiles(
-            head_of(grad_q, new_b, new_t, new_h, b, start, h, UNIT), row, rows, rows, new_t, total, factor, D, OUT, UNIT
+            head_of(grad_q, new_b, new_t, new_h, b, start, h, UNIT), row, rows, rows, new_t, scaled(total, factor), D, OUT, UNIT
         )

@@ -1,11 +1,12 @@
 """The backward where a head is short: all gradients by one program, which multiplies five times where two kernels do seven times.
 
-The walk is that of `backward_keys`, and each tile of keys adds its share to the gradient of the queries as `backward_queries` does:
-the same sums in the same order, so that either way gives the same bits. Between tiles of keys these sums are fp32 in a scratch that
-belongs to the program alone: group T D numbers, 72 KiB for 256 queries of 72. There are no more programs than run at once, each with
-one head after the other, so that all scratches together stay in the second-level cache.
+The walk is that of `backward_keys`, and each tile of keys adds its share to the gradient of the queries as `backward_queries`
+does: the same sums in the same order, so that either way gives the same bits. Between tiles of keys these sums are fp32 in a
+scratch that belongs to the program alone: group T D numbers, 72 KiB for 256 queries of 72. There are no more programs than run at
+once, each with one head after the other, so that all scratches together stay in the second-level cache.
 
-The loops do not prefetch: with two stages Triton 3.9 for sm_90 spills 120 bytes a thread at D = 72, with one it needs 242 registers.
+The loops do not prefetch: with two stages Triton 3.9 for sm_90 spills 120 bytes a thread at D = 72, with one it needs 242
+registers.
 """
 
 # mypy: disable-error-code="assignment, var-annotated"
@@ -23,6 +24,7 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
     head_of,
     load_out_tiles,
     load_tiles,
+    scaled,
     store_tiles,
     visible_keys,
     zero_tiles,
@@ -94,10 +96,12 @@ def attention_backward_short(
                 for at in tl.range(begin, rows, BLOCK_M, disable_licm=True):
                     row = at + tl.arange(0, BLOCK_M)
                     queries = load_tiles(q_head, row, T, q_t, D, IN, UNIT, True)
-                    exponent = load_exponent(lse_head, row, T)
+                    exponent = load_exponent(lse_head, row, T, k)
+                    # (N, M)
                     weights = weights_of(
-                        k_tiles, queries, exponent[None, :], row[None, :], T, column[:, None], keys, bias_head, bias_t, bias_s, scale
-                    )  # (N, M)
+                        k_tiles, queries, exponent[None, :], row[None, :], T, column[:, None], keys, bias_head, bias_t, bias_s,
+                        scale, k,
+                    )  # fmt: skip
                     seen = (column < keys)[:, None]
                     if CAUSAL:
                         seen = seen & (column[:, None] <= row[None, :])
@@ -112,12 +116,12 @@ def attention_backward_short(
                     k_total = accumulate(k_total, grad_logits, queries_out)
 
                     q_total = accumulate(load_sums(sums, row, T, first > 0, D, OUT), tl.trans(grad_logits), keys_out)
-                    store_tiles(sums, row, T, T, D // UNIT, q_total, 1.0, D, OUT, UNIT)
+                    store_tiles(sums, row, T, T, D // UNIT, q_total, D, OUT, UNIT)
             store_tiles(
-                head_of(grad_v, new_b, new_t, new_h, b, 0, g, UNIT), column, S, keys, new_t, v_total, 1.0, D, OUT, UNIT
+                head_of(grad_v, new_b, new_t, new_h, b, 0, g, UNIT), column, S, keys, new_t, v_total, D, OUT, UNIT
             )
             store_tiles(
-                head_of(grad_k, new_b, new_t, new_h, b, 0, g, UNIT), column, S, keys, new_t, k_total, factor, D, OUT, UNIT
+                head_of(grad_k, new_b, new_t, new_h, b, 0, g, UNIT), column, S, keys, new_t, scaled(k_total, factor), D, OUT, UNIT
             )
             tl.debug_barrier()  # the next tile loads the sums of this one
         for member in tl.range(group):
@@ -125,4 +129,4 @@ def attention_backward_short(
             for at in tl.range(0, T, BLOCK_M):
                 row = at + tl.arange(0, BLOCK_M)
                 q_total = load_sums(scratch + member * T * D, row, T, True, D, OUT)
-                store_tiles(grad_q_head, row, T, T, out_t, q_total, factor, D, OUT, UNIT)
+                store_tiles(grad_q_head, row, T, T, out_t, scaled(q_total, factor), D, OUT, UNIT)

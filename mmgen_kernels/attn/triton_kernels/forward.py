@@ -14,12 +14,12 @@ from mmgen_kernels.attn import reference
 from mmgen_kernels.attn.triton_kernels.configuration import chip, forward_configuration
 from mmgen_kernels.attn.triton_kernels.tiles import (
     LN_2,
-    LOG2_E,
     accumulate,
     bias_arguments,
     contiguous,
     contract,
     dense_rows,
+    exponential,
     head_of,
     head_tiles,
     load_bias,
@@ -28,9 +28,11 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
     located,
     number_of_tiles,
     on,
+    scaled,
     sequences,
     store_tiles,
     unit_of,
+    unit_of_logits,
     visible_keys,
     zero_tiles,
 )
@@ -43,8 +45,8 @@ def attend(
     CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax over keys begin to end: shift is the largest logit so far, in units of log2 e and as it was rounded when
-    it was subtracted, divisor and totals are sums of 2^(logit - shift)."""
+    """The running softmax over keys begin to end: shift is the largest logit so far, as it was rounded when it was subtracted,
+    divisor and totals are sums of exp(logit - shift)."""
     row = first + tl.arange(0, BLOCK_M)
     for at in tl.range(begin, end, BLOCK_N):
         column = at + tl.arange(0, BLOCK_N)
@@ -52,7 +54,7 @@ def attend(
         if PRESCALED:
             logits *= scale
         if bias is not None:
-            logits += load_bias(bias, row[:, None], rows, column[None, :], keys, bias_t, bias_s)
+            logits += load_bias(bias, row[:, None], rows, column[None, :], keys, bias_t, bias_s, k)
         if MASKED:
             seen = (column < keys)[None, :]
             if CAUSAL:
@@ -61,19 +63,23 @@ def attend(
         largest = tl.max(logits, 1) if PRESCALED else tl.max(logits, 1) * scale
         largest = tl.maximum(shift, largest)
         subtract = tl.where(largest == float("-inf"), 0.0, largest)  # no key yet
-        if PRESCALED:
-            weights = tl.exp2(logits - subtract[:, None])
-        else:
-            weights = tl.exp2(logits * scale - subtract[:, None])  # one fused multiply-add: only `subtract` is rounded
-        shrink = tl.exp2(shift - subtract)
+        # where it scales, one fused multiply-add: only `subtract` is rounded
+        difference = logits - subtract[:, None] if PRESCALED else logits * scale - subtract[:, None]
+        weights = exponential(difference, k)  # (M, N)
+        shrink = exponential(shift - subtract, k)
         divisor = divisor * shrink + tl.sum(weights, 1)
         values = load_tiles(v, column, keys, v_t, D, OUT, UNIT, MASKED)
-        shrunk = ()
-        for i in tl.static_range(len(OUT)):
-            shrunk += (totals[i] * shrink[:, None],)
-        totals = accumulate(shrunk, weights.to(v.dtype.element_ty), values)
+        totals = accumulate(scaled(totals, shrink[:, None]), weights.to(v.dtype.element_ty), values)
         shift = largest
     return shift, divisor, totals
+
+
+@triton.jit
+def divided(tiles, divisor):
+    quotients = ()
+    for i in tl.static_range(len(tiles)):
+        quotients += (tl.div_rn(tiles[i], tl.broadcast_to(divisor[:, None], tiles[i].shape)),)
+    return quotients
 
 
 INTEGERS = [
@@ -89,7 +95,7 @@ def attention_forward(
     CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, D: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head. scale is in units of log2 e; not PRESCALED: positive, and multiplied in the exponent."""
+    """BLOCK_M queries of one head. Not PRESCALED: scale is positive and multiplied in the exponent."""
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = head // H, head % H
     start, rows, start_k, keys, first = locate(tile, cu_seqlens_q, cu_seqlens_k, C, T, S, BLOCK_M)
@@ -125,8 +131,14 @@ def attention_forward(
 
     empty = divisor == 0.0
     divisor = tl.where(empty, 1.0, divisor)
-    store_tiles(out, row, rows, rows, out_t, totals, (1.0 / divisor)[:, None], D, OUT, UNIT)
-    logarithm = tl.where(empty, float("-inf"), (shift + tl.log2(divisor)) * LN_2)
+    if q.dtype.element_ty == tl.float32:
+        logarithm = shift + tl.log(divisor)
+        outs = divided(totals, divisor)
+    else:  # a rounding more in fp32
+        logarithm = (shift + tl.log2(divisor)) * LN_2
+        outs = scaled(totals, (1.0 / divisor)[:, None])
+    store_tiles(out, row, rows, rows, out_t, outs, D, OUT, UNIT)
+    logarithm = tl.where(empty, float("-inf"), logarithm)
     tl.store(lse + tl.cast(head, tl.int64) * T + start + row, logarithm, mask=row < rows)
 
 
@@ -165,7 +177,7 @@ def attention(
         attention_forward[(B * H * tiles,)](
             *located(q, unit), *located(k, unit), *located(v, unit), *bias_arguments(bias),
             key_lengths, contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), *located(out, unit), lse,
-            T, k.shape[1], H, H // k.shape[2], sequences(cu_seqlens_q), tiles, scale * LOG2_E.value,
+            T, k.shape[1], H, H // k.shape[2], sequences(cu_seqlens_q), tiles, scale * unit_of_logits(q.dtype),
             CAUSAL=causal, PRESCALED=is_prescaled(bias, scale), UNIT=unit, **head_tiles(D), **c.constants(), **c.options(),
         )  # fmt: skip
     return out, lse

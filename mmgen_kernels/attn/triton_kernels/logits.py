@@ -7,13 +7,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmgen_kernels.attn.triton_kernels.tiles import LOG2_E, contract, load_bias, load_tiles
+from mmgen_kernels.attn.triton_kernels.tiles import contract, exponential, in_units, load_bias, load_tiles
 
 
 @triton.jit
-def load_exponent(lse, row, rows):
-    """What is subtracted from logits in units of log2 e: infinity where there are no keys, or no row, so that all weights are 0."""
-    value = tl.load(lse + row, mask=row < rows, other=float("-inf")) * LOG2_E
+def load_exponent(lse, row, rows, like):
+    """What is subtracted from logits: infinity where there are no keys, or no row, so that all weights are 0."""
+    value = in_units(tl.load(lse + row, mask=row < rows, other=float("-inf")), like)
     return tl.where(value == float("-inf"), float("inf"), value)
 
 
@@ -30,12 +30,12 @@ def row_products(out, out_t, grad, lse_grad, row, rows, D: tl.constexpr, IN: tl.
 
 
 @triton.jit
-def weights_of(queries, keys, exponent, row, rows, column, columns, bias, bias_t, bias_s, scale):
+def weights_of(queries, keys, exponent, row, rows, column, columns, bias, bias_t, bias_s, scale, like):
     """(M, N), or with the operands exchanged (N, M): exponent, row and column are shaped to broadcast."""
     logits = contract(queries, keys) * scale
     if bias is not None:
-        logits += load_bias(bias, row, rows, column, columns, bias_t, bias_s)
-    return tl.exp2(logits - exponent)
+        logits += load_bias(bias, row, rows, column, columns, bias_t, bias_s, like)
+    return exponential(logits - exponent, like)
 
 
 @triton.jit

@@ -184,14 +184,22 @@ def load_out_tiles(
 
 
 @triton.jit
-def store_tiles(pointer, row, length, valid, stride, values, factor, D: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr):
-    """factor * values, rounded once; 0 from the row `valid` on."""
+def store_tiles(pointer, row, length, valid, stride, values, D: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr):
+    """Values, rounded once; 0 from the row `valid` on."""
     at = row.to(tl.int64) * (stride * UNIT)
     for i in tl.static_range(len(OUT)):
         d = OUT[i][0] + tl.arange(0, OUT[i][1])
         mask = (row < length)[:, None] & (d < D)[None, :]
-        scaled = tl.where((row < valid)[:, None], factor * values[i], 0.0)
-        tl.store(pointer + (at[:, None] + d[None, :]), scaled.to(pointer.dtype.element_ty), mask=mask)
+        kept = tl.where((row < valid)[:, None], values[i], 0.0)
+        tl.store(pointer + (at[:, None] + d[None, :]), kept.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scaled(tiles, factor):
+    products = ()
+    for i in tl.static_range(len(tiles)):
+        products += (tiles[i] * factor,)
+    return products
 
 
 @triton.jit
@@ -220,8 +228,27 @@ def accumulate(totals, weights, b):
     return sums
 
 
+# Logits of 16-bit inputs are in units of log2 e, so that exp is one instruction without a product before it. Of fp32 inputs they
+# are as they are: a saved lse would be rounded once more in those units, which is then the largest error of all gradients.
+
+
+def unit_of_logits(dtype: torch.dtype) -> float:
+    return 1.0 if dtype == torch.float32 else LOG2_E.value
+
+
 @triton.jit
-def load_bias(pointer, row, rows, column, columns, stride_t, stride_s):
-    """In units of log2 e, of any float dtype: (M, 1) rows by (1, N) columns, or the transpose."""
+def exponential(logits, like):
+    return tl.exp(logits) if like.dtype.element_ty == tl.float32 else tl.exp2(logits)
+
+
+@triton.jit
+def in_units(values, like):
+    return values if like.dtype.element_ty == tl.float32 else values * LOG2_E
+
+
+@triton.jit
+def load_bias(pointer, row, rows, column, columns, stride_t, stride_s, like):
+    """Of any float dtype: (M, 1) rows by (1, N) columns, or the transpose."""
     at = row.to(tl.int64) * stride_t + column.to(tl.int64) * stride_s
-    return tl.load(pointer + at, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32) * LOG2_E
+    bias = tl.load(pointer + at, mask=(row < rows) & (column < columns), other=0.0)
+    return in_units(bias.to(tl.float32), like)

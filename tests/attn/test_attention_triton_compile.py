@@ -1,0 +1,87 @@
+"""The Triton kernels of the family compiled ahead of time for three chips, without a GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmgen_kernels as mk
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+LONG = ["forward", "backward_queries", "backward_keys"]
+
+
+def compiled(requests):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_attention.py")
+    root = str(Path(mk.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    result = subprocess.run([sys.executable, script, json.dumps(requests)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return zip(requests, map(json.loads, result.stdout.splitlines()), strict=True)
+
+
+def assert_good_code(requests):
+    found = list(compiled(requests))
+    for request, kernels in found:
+        name, dim, dtype, capability = request
+        expected = ["forward", "backward_short"] if name == "short" and dim <= 80 and dtype != "float32" else LONG
+        assert [code["kernel"] for code in kernels] == (expected + ["backward_bias"] if name == "bias" else expected)
+        for code in kernels:
+            where = f"{request}: {code}"
+            assert code["stack"] == 0 and code["spills"] == 0, where
+            assert code["shared"] <= SHARED[capability], where
+            assert code["registers"] * 32 * code["warps"] <= 65536, where
+            assert (MATRIX[capability] in code["instructions"]) == (dtype != "float32"), where
+            if capability == 90:
+                assert "HMMA" not in code["instructions"], where
+    return {tuple(request): {code["kernel"]: code for code in kernels} for request, kernels in found}
+
+
+def test_compiles_without_spills():
+    found = assert_good_code([["long", 72, "bfloat16", 90], ["short", 72, "bfloat16", 90]])
+    of_both = found["long", 72, "bfloat16", 90] | found["short", 72, "bfloat16", 90]
+    for kernel, shares in {
+        # tiles of 64 by 64: 80 of 72 columns where D is contracted, 72 where it is not
+        "forward": (80, 72),
+        "backward_queries": (80, 80, 72),
+        "backward_keys": (80, 80, 72, 72),
+        "backward_short": (80, 80, 72, 72, 72),
+    }.items():
+        code = of_both[kernel]
+        assert code["loops"], kernel
+        for loop in code["loops"]:
+            assert loop <= 1.10 * code["useful"], (kernel, code)
+            assert loop * len(shares) * 72 == sum(shares) * code["useful"], (kernel, code)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", (80, 90, 100))
+@pytest.mark.parametrize("dim", (64, 72, 96, 128))
+@pytest.mark.parametrize("name", ("long", "short", "causal", "bias", "lengths", "packed"))
+def test_each_way_compiles_without_spills(name, dim, capability):
+    dtype = "float16" if name == "lengths" else "bfloat16"
+    found = assert_good_code([[name, dim, dtype, capability]])
+    if capability != 100 and dim == 72:
+        for code in found[name, dim, dtype, capability].values():
+            if code["kernel"] != "backward_bias":  # it contracts alone: 80 of 72
+                assert all(loop <= 1.10 * code["useful"] for loop in code["loops"]), code
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("dim", (8, 24, 40, 80, 88, 160, 192, 256))
+def test_every_kind_of_head_compiles_without_spills(dim, capability):
+    assert_good_code([["long", dim, "bfloat16", capability], ["short", dim, "bfloat16", capability]])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dim", (64, 72, 128, 256))
+def test_fp32_compiles_without_spills(dim):
+    assert_good_code([["long", dim, "float32", 90]])
