@@ -439,7 +439,7 @@ def test_addresses_beyond_32_bits(process):
 def far_apart():
     """Samples, heads or tokens 4 GiB apart, in memory that is never touched between them."""
     B, T, H, D = 2, 2, 2, 8
-    far = 2**31 + 8
+    far = 2**31 + 8  # as a number of 16 bytes it fits 32 bits
 
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + B * T * H * D), flags=flags), dtype=F16)

@@ -79,9 +79,9 @@ def attention_backward(
     delta = torch.empty_like(lse)  # (B, H, T)
     unit = unit_of(q, k, v, grad, out)
     at = q.dtype, D, chip(q.device)
-    inputs = (*located(q, unit), *located(k, unit), *located(v, unit), *bias_arguments(bias))
-    upstream = located(grad, unit)
-    new_q, new_k = (tuple(stride // unit for stride in dense_strides(t)) for t in (q, k))
+    inputs = (*located(q), *located(k), *located(v), *bias_arguments(bias))
+    upstream = located(grad)
+    new_q, new_k = dense_strides(q), dense_strides(k)
     floats = (scale * unit_of_logits(q.dtype), scale)
     constants = {"CAUSAL": causal, "UNIT": unit, **head_tiles(D)}
     with on(q):

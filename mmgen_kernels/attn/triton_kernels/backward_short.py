@@ -116,7 +116,7 @@ def attention_backward_short(
                     k_total = accumulate(k_total, grad_logits, queries_out)
 
                     q_total = accumulate(load_sums(sums, row, T, first > 0, D, OUT), tl.trans(grad_logits), keys_out)
-                    store_tiles(sums, row, T, T, D // UNIT, q_total, D, OUT, UNIT)
+                    store_tiles(sums, row, T, T, D, q_total, D, OUT, UNIT)
             store_tiles(
                 head_of(grad_v, new_b, new_t, new_h, b, 0, g, UNIT), column, S, keys, new_t, v_total, D, OUT, UNIT
             )

@@ -175,8 +175,8 @@ def attention(
     tiles = number_of_tiles(T, c.block_m, cu_seqlens_q)
     with on(q):
         attention_forward[(B * H * tiles,)](
-            *located(q, unit), *located(k, unit), *located(v, unit), *bias_arguments(bias),
-            key_lengths, contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), *located(out, unit), lse,
+            *located(q), *located(k), *located(v), *bias_arguments(bias),
+            key_lengths, contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), *located(out), lse,
             T, k.shape[1], H, H // k.shape[2], sequences(cu_seqlens_q), tiles, scale * unit_of_logits(q.dtype),
             CAUSAL=causal, PRESCALED=is_prescaled(bias, scale), UNIT=unit, **head_tiles(D), **c.constants(), **c.options(),
         )  # fmt: skip

@@ -5,8 +5,8 @@ contracted a tile has at least 16 columns, as a matrix instruction multiplies 16
 zeros. Kernels take both lists as constexprs, ((start, width), ...): IN where D is contracted, OUT where it is not.
 
 Rows are counted within their sequence, so that a packed sequence has the tiles, and the bits, that it has alone. Addresses are
-64-bit. Strides come divided by UNIT, 8 where all of them allow it: Triton itself notices multiples of 16 only, 72 is none, and
-without that knowledge a thread would load 2 bytes at a time instead of 16.
+64-bit. Strides are multiples of UNIT, 8 where all of them allow it, and `stride // UNIT * UNIT` says so: Triton itself notices
+multiples of 16 only, 72 is none, and without that knowledge a thread would load 2 bytes at a time instead of 16.
 """
 
 # mypy: disable-error-code="assignment, var-annotated"
@@ -69,9 +69,9 @@ def unit_of(*tensors: Tensor) -> int:
     return VECTOR if all(stride % VECTOR == 0 for t in tensors for stride in strides_of(t)) else 1
 
 
-def located(tensor: Tensor, unit: int) -> tuple[Any, ...]:
+def located(tensor: Tensor) -> tuple[Any, ...]:
     """(B, T, H, D): where it is, and its strides from sample to sample, token to token and head to head."""
-    return tensor, *(stride // unit for stride in strides_of(tensor))
+    return tensor, *strides_of(tensor)
 
 
 def bias_arguments(bias: Tensor | None) -> tuple[Any, ...]:
@@ -141,8 +141,8 @@ def visible_keys(key_lengths, b, length):
 @triton.jit
 def head_of(pointer, stride_b, stride_t, stride_h, b, start, h, UNIT: tl.constexpr):
     """Row 0 of a sequence's head."""
-    at = tl.cast(b, tl.int64) * (stride_b * UNIT) + tl.cast(h, tl.int64) * (stride_h * UNIT)
-    return pointer + (at + tl.cast(start, tl.int64) * (stride_t * UNIT))
+    at = tl.cast(b, tl.int64) * (stride_b // UNIT * UNIT) + tl.cast(h, tl.int64) * (stride_h // UNIT * UNIT)
+    return pointer + (at + tl.cast(start, tl.int64) * (stride_t // UNIT * UNIT))
 
 
 # -- in kernels: tiles ------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def head_of(pointer, stride_b, stride_t, stride_h, b, start, h, UNIT: tl.constex
 def load_tiles(pointer, row, length, stride, D: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr):
     """(BLOCK, width) each; 0 beyond D, and where MASKED beyond length."""
     tiles = ()
-    at = row.to(tl.int64) * (stride * UNIT)
+    at = row.to(tl.int64) * (stride // UNIT * UNIT)
     for i in tl.static_range(len(TILES)):
         d = TILES[i][0] + tl.arange(0, TILES[i][1])
         where = pointer + (at[:, None] + d[None, :])
@@ -186,7 +186,7 @@ def load_out_tiles(
 @triton.jit
 def store_tiles(pointer, row, length, valid, stride, values, D: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr):
     """Values, rounded once; 0 from the row `valid` on."""
-    at = row.to(tl.int64) * (stride * UNIT)
+    at = row.to(tl.int64) * (stride // UNIT * UNIT)
     for i in tl.static_range(len(OUT)):
         d = OUT[i][0] + tl.arange(0, OUT[i][1])
         mask = (row < length)[:, None] & (d < D)[None, :]
