@@ -1,7 +1,7 @@
 """Compiles the family's kernels for chips that are not there, and prints what the machine code holds, a line of JSON each.
 
-A script of its own, as a process in which TRITON_INTERPRET is set cannot compile. Arguments: [[configuration, D, dtype, capability],
-...] as JSON.
+A script of its own, as a process in which TRITON_INTERPRET is set cannot compile. Arguments: [[configuration, D, dtype,
+capability], ...] as JSON.
 """
 
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "vq")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "vq"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from triton_compile import TOOLS, machine_code
 from triton_launches import Recorder
 

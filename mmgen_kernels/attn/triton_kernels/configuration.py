@@ -47,7 +47,7 @@ def queries_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int
         return Configuration(32, 32, 8, 2)
     if capability < (9, 0):  # operands are in registers here: 4 warps spill from D = 64 on
         return Configuration(64, 64, 8, 2)
-    # sm_90: 188 registers at D = 72, 226 at 128; 64 keys spill from D = 160 on, 32 take 236 at 192
+    # sm_90: 176 registers at D = 72; 64 keys spill from D = 160 on, 32 take 236 at 192
     return Configuration(64, 64 if D <= 128 else 32, 4, 2)
 
 
