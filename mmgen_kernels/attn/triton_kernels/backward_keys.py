@@ -60,7 +60,7 @@ def attention_backward_keys(
         bias_head = bias
         if bias is not None:
             bias_head = bias + tl.cast(b, tl.int64) * bias_b + tl.cast(h, tl.int64) * bias_h
-        for at in tl.range(begin, end, BLOCK_M, disable_licm=True):
+        for at in tl.range(begin, end, BLOCK_M, disable_licm=True):  # addresses kept over the loop are what spills
             row = at + tl.arange(0, BLOCK_M)
             queries = load_tiles(q_head, row, rows, q_t, D, IN, UNIT, True)
             exponent = load_exponent(lse + row_0, row, rows, k)

@@ -93,7 +93,7 @@ def attention_backward_short(
                 bias_head = bias
                 if bias is not None:
                     bias_head = bias + tl.cast(b, tl.int64) * bias_b + tl.cast(h, tl.int64) * bias_h
-                for at in tl.range(begin, rows, BLOCK_M, disable_licm=True):
+                for at in tl.range(begin, rows, BLOCK_M, disable_licm=True):  # as in backward_keys
                     row = at + tl.arange(0, BLOCK_M)
                     queries = load_tiles(q_head, row, T, q_t, D, IN, UNIT, True)
                     exponent = load_exponent(lse_head, row, T, k)
