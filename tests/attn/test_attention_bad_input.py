@@ -145,7 +145,8 @@ def test_meta_tensors_have_the_right_shapes():
     q, k = Q.to(META).bfloat16(), K.to(META).bfloat16()
     with mk.use_backend("reference"):
         out, lse = mk.attention(q, k, k, bias=torch.zeros(6, 5, device=META), key_lengths=LENGTHS.to(META), return_lse=True)
-        packed, packed_lse = mk.attention(q[0], k[0], k[0], cu_seqlens_q=BOUNDS.to(META), cu_seqlens_k=BOUNDS.to(META), return_lse=True)
+        bounds = {"cu_seqlens_q": BOUNDS.to(META), "cu_seqlens_k": BOUNDS.to(META)}
+        packed, packed_lse = mk.attention(q[0], k[0], k[0], **bounds, return_lse=True)
     assert out.shape == q.shape and out.dtype == torch.bfloat16 and out.device == lse.device == META
     assert lse.shape == (3, 4, 6) and lse.dtype == torch.float32
     assert packed.shape == q[0].shape and packed_lse.shape == (4, 6)
