@@ -1,0 +1,28 @@
+"""One pytest-benchmark per public op of the attention family: `make bench-micro`."""
+
+import pytest
+import torch
+
+mk = pytest.importorskip("mmgen_kernels")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
+def projection(request):
+    """q, k and v side by side, as one Linear gives them: DiT-S/2 with 4 samples."""
+    return torch.randn(4, 256, 3, 6, 64, dtype=request.param)
+
+
+def test_attention(benchmark, projection):
+    benchmark(mk.attention, *projection.unbind(2))
+
+
+def test_attention_forward_and_backward(benchmark, projection):
+    leaves = [t.requires_grad_() for t in projection.unbind(2)]
+
+    def step():
+        out = mk.attention(*leaves)
+        return torch.autograd.grad(out, leaves, out.detach())
+
+    benchmark(step)
