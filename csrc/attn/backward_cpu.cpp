@@ -138,7 +138,7 @@ template <class Real>
 class BiasGradient {
  public:
   BiasGradient(const Problem<Real>& problem, const Upstream<Real>& up, const Tensor& grad)
-      : p(problem), up(up), grad(grad), block(problem), sums(std::min(block_queries, p.q.length) * p.k.length) {}
+      : p(problem), up(up), grad(grad), block(problem), sums(std::max<int64_t>(1, std::min(block_queries, p.q.length)) * std::max<int64_t>(1, p.k.length)) {}
 
   void operator()(int64_t b, int64_t h, int64_t begin, int64_t count) {
     const bool for_all_samples = grad.size(0) == 1, for_all_heads = grad.size(1) == 1, for_all_queries = grad.size(2) == 1;

@@ -76,7 +76,7 @@ def attention_backward(
     grad = torch.zeros_like(out) if grad_out is None else dense_rows(grad_out)
     q, k, v, out = dense_rows(q), dense_rows(k), dense_rows(v), out.contiguous()
     grad_lse, bounds = contiguous(grad_lse), (contiguous(cu_seqlens_q), contiguous(cu_seqlens_k))
-    delta = torch.empty_like(lse)  # (B, H, T)
+    delta = torch.empty_like(lse, dtype=torch.float32)  # (B, H, T)
     unit = unit_of(q, k, v, grad, out)
     at = q.dtype, D, chip(q.device)
     inputs = (*located(q), *located(k), *located(v), *bias_arguments(bias))

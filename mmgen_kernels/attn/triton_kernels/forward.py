@@ -166,7 +166,7 @@ def attention(
     if q.dtype == torch.float64:
         return reference.attention(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale, deterministic)
     B, T, H, D = q.shape
-    out, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=reference.lse_dtype(q))
     if out.numel() == 0:
         return out, lse
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)

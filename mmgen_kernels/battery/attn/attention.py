@@ -47,6 +47,7 @@ def cover():
             yield from pair(f"D{D}_T{T}_S{S}", inputs, ((dtype,),), causal=(i + j) % 4 == 3)
 
 
+COVER = {case.name for case in cover()}
 CASES = [
     *pair("dit", DIT, SAME, quick=True),
     *pair("causal", DIT, FEW, causal=True, quick=True),
