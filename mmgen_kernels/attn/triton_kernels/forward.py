@@ -132,7 +132,7 @@ def attention_forward(
     empty = divisor == 0.0
     divisor = tl.where(empty, 1.0, divisor)
     if q.dtype.element_ty == tl.float32:
-        logarithm = shift + tl.log(divisor)
+        logarithm = shift.to(tl.float64) + tl.log(divisor.to(tl.float64))
         outs = divided(totals, divisor)
     else:  # a rounding more in fp32
         logarithm = (shift + tl.log2(divisor)) * LN_2
