@@ -70,7 +70,7 @@ struct Block {
     p.inner_products(count, keys, of.grad_out.data() + row * p.ld, transposed_values.data(), grad_logits.data());
     for (int64_t i = 0; i < count; ++i)
       p.kernels.differentiate(weights.data() + i * block_keys, grad_logits.data() + i * block_keys, of.lse[row + i], of.inner[row + i],
-                              of.grad_lse[row + i], p.seen(t + i, j, keys));
+                              of.grad_lse[row + i], p.seen(t + i, j, keys), keys);
   }
 };
 

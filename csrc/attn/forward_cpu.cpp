@@ -53,7 +53,8 @@ class Forward {
     const int64_t first = t - item.begin;
     p.logits(piece, item.head, t, queries, j, count, panel_q.data() + first * p.ld, transposed.data(), weights.data());
     for (int64_t i = 0; i < queries; ++i) {
-      const Real factor = p.kernels.soften(weights.data() + i * block_keys, p.seen(t + i, j, count), &maximum[first + i], &divisor[first + i]);
+      const Real factor = p.kernels.soften(weights.data() + i * block_keys, p.seen(t + i, j, count), count, &maximum[first + i],
+                                           &divisor[first + i]);
       if (factor != 1) p.kernels.scale(sums.data() + (first + i) * p.ld, factor, p.ld);
     }
     p.kernels.multiply(queries, p.ld, count, weights.data(), block_keys, 1, values.data(), p.ld, sums.data() + first * p.ld, p.ld, true);

@@ -87,10 +87,12 @@ struct Loops {
     }
   }
 
+  static int64_t padded(int64_t count) { return (count + W - 1) / W * W; }
+
   static void transpose(const Real* panel, int64_t keys, int64_t dim, int64_t ld, Real* out) {
     for (int64_t d = 0; d < dim; ++d) {
       for (int64_t j = 0; j < keys; ++j) out[d * block_keys + j] = panel[j * ld + d];
-      std::fill(out + d * block_keys + keys, out + (d + 1) * block_keys, Real(0));
+      std::fill(out + d * block_keys + keys, out + d * block_keys + padded(keys), Real(0));
     }
   }
 
@@ -148,7 +150,7 @@ struct Loops {
       Real value;
       simd::Part<Lanes>{1}.template write<Real>(&value, simd::load<Lanes, T>(simd::Part<Lanes>{1}, from));
       const Vec all = Lanes::broadcast(value);
-      for (int64_t j = 0; j < block_keys; j += W) Lanes::store(logits + j, Lanes::load(logits + j) + all);
+      for (int64_t j = 0; j < keys; j += W) Lanes::store(logits + j, Lanes::load(logits + j) + all);
       return;
     }
     int64_t j = 0;
@@ -165,16 +167,12 @@ struct Loops {
     return lane[0];
   }
 
-  // What is past `keys` becomes `value`.
-  static void fill_rest(Real* row, int64_t keys, Real value) {
-    for (int64_t j = keys; j < block_keys; ++j) row[j] = value;
-  }
-
-  static Real soften(Real* logits, int64_t keys, Real* maximum, Real* sum) {
+  static Real soften(Real* logits, int64_t keys, int64_t columns, Real* maximum, Real* sum) {
     constexpr Real lowest = -std::numeric_limits<Real>::infinity();
-    fill_rest(logits, keys, lowest);
+    const int64_t end = padded(columns);
+    std::fill(logits + keys, logits + end, lowest);
     Vec peak = Lanes::broadcast(lowest);
-    for (int64_t j = 0; j < block_keys; j += W) {
+    for (int64_t j = 0; j < end; j += W) {
       const Vec x = Lanes::load(logits + j);
       peak = x > peak ? x : peak;
     }
@@ -183,7 +181,7 @@ struct Loops {
     // Where nothing was seen yet, not even -inf is subtracted: -inf - -inf is NaN.
     const Vec subtracted = Lanes::broadcast(now == lowest ? Real(0) : now);
     Vec added{};
-    for (int64_t j = 0; j < block_keys; j += W) {
+    for (int64_t j = 0; j < end; j += W) {
       const Vec weight = simd::exponential<Lanes>(Lanes::load(logits + j) - subtracted);
       Lanes::store(logits + j, weight);
       added += weight;
@@ -193,12 +191,14 @@ struct Loops {
     return factor;
   }
 
-  static void differentiate(Real* logits, Real* grad_weights, double lse, Real inner, Real grad_lse, int64_t keys) {
+  static void differentiate(Real* logits, Real* grad_weights, double lse, Real inner, Real grad_lse, int64_t keys,
+                            int64_t columns) {
     constexpr Real infinity = std::numeric_limits<Real>::infinity();
-    fill_rest(logits, keys, -infinity);
+    const int64_t end = padded(columns);
+    std::fill(logits + keys, logits + end, -infinity);
     const Real high = lse == -infinity ? infinity : static_cast<Real>(lse), low = high == infinity ? 0 : static_cast<Real>(lse - high);
     const Vec subtracted = Lanes::broadcast(high), rest = Lanes::broadcast(low), mean = Lanes::broadcast(inner - grad_lse);
-    for (int64_t j = 0; j < block_keys; j += W) {
+    for (int64_t j = 0; j < end; j += W) {
       const Vec logit = Lanes::load(logits + j), difference = logit - subtracted, exact = simd::exponential<Lanes>(difference);
       // What rounding the difference left out, which in fp32 would be twice the error of all else. Inf - Inf is no correction.
       const Vec left_out = ((logit - difference) - subtracted) - rest;

@@ -10,8 +10,8 @@ namespace mmgen_kernels::attn {
 constexpr int64_t block_keys = 64;     // of a block of logits; a multiple of every vector's width
 constexpr int64_t block_queries = 96;  // 96 x 64 logits in fp32 are 24 KiB, which leaves room for a panel of keys in L1
 
-// Blocks of logits, weights and their gradients are (block_queries, block_keys), rows contiguous; `keys` of a row are seen by it,
-// and the rest count as masked. Panels of q, k, v, out and their gradients have rows of `ld` channels, a multiple of the vector's
+// Blocks of logits, weights and their gradients are (block_queries, block_keys), rows contiguous. Of `columns` keys that are
+// there a row sees the first `keys`; the rest of it counts as masked, up to a whole vector. Panels of q, k, v, out and their gradients have rows of `ld` channels, a multiple of the vector's
 // width, 0 past the head dimension.
 template <class Real>
 struct Kernels {
@@ -22,7 +22,7 @@ struct Kernels {
   // row factor -> out
   void (*narrow[4])(const Real* row, Real factor, int64_t dim, void* out);
 
-  // (keys, dim), stride ld -> (dim, block_keys), 0 past `keys`
+  // (keys, dim), stride ld -> (dim, keys), stride block_keys, 0 past `keys` up to a whole vector
   void (*transpose)(const Real* panel, int64_t keys, int64_t dim, int64_t ld, Real* out);
 
   // c (m, n) = or += a (m, k) b (k, n). a is read as a[i a_row + j a_column]; n is a multiple of the vector's width.
@@ -33,10 +33,10 @@ struct Kernels {
   void (*add_bias[4])(Real* logits, const void* bias, bool one, int64_t keys);
   // logits -> weights exp(logit - maximum), 0 past `keys`, after the running maximum and the sum of the row were brought up to
   // date; returns what multiplies what was summed with the old maximum.
-  Real (*soften)(Real* logits, int64_t keys, Real* maximum, Real* sum);
+  Real (*soften)(Real* logits, int64_t keys, int64_t columns, Real* maximum, Real* sum);
   // logits -> weights exp(logit - lse), 0 past `keys`; grad_weights -> gradients of the logits: weight (grad - inner + grad_lse),
   // where inner = sum weight grad = out . grad_out
-  void (*differentiate)(Real* logits, Real* grad_weights, double lse, Real inner, Real grad_lse, int64_t keys);
+  void (*differentiate)(Real* logits, Real* grad_weights, double lse, Real inner, Real grad_lse, int64_t keys, int64_t columns);
   void (*scale)(Real* row, Real factor, int64_t ld);
   // out = the inner product of each row of a with the same row of b
   void (*dots)(int64_t rows, const Real* a, const Real* b, int64_t ld, Real* out);

@@ -67,7 +67,8 @@ def attention(
     Source: Dao et al. 2022, FlashAttention; Milakov and Gimelshein 2018 for the running softmax.
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    if torch.is_autocast_enabled(kind := q.device.type if isinstance(q, Tensor) else "cpu"):
+    kind = q.device.type if isinstance(q, Tensor) else "meta"
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # meta has no autocast to ask for
         q, k, v = (cast(t, torch.get_autocast_dtype(kind)) for t in (q, k, v))
     check_qkv(q, k, v, packed)
     check_key_lengths(key_lengths, q, packed)

@@ -60,12 +60,11 @@ def attention_backward(
         inner = inner - grad_lse.unsqueeze(-1).to(inner.dtype)
     # a weight of 0 has gradient 0, whatever an infinite logit made of the rest
     grad_logits = torch.where(weights == 0, 0, weights * (grad_weights - inner))
-    none = q.new_empty(0)
     return (
-        (scale * grad_logits @ keys).transpose(1, 2).to(q.dtype) if need_grad_q else none,
-        over_groups(grad_logits.mT @ (scale * queries), k) if need_grad_k else none,
-        over_groups(weights.mT @ grad, v) if need_grad_v else none,
-        grad_logits.sum_to_size(bias.shape).to(bias.dtype) if need_grad_bias and bias is not None else none,
+        (scale * grad_logits @ keys).transpose(1, 2).to(q.dtype) if need_grad_q else q.new_empty(0),
+        over_groups(grad_logits.mT @ (scale * queries), k) if need_grad_k else q.new_empty(0),
+        over_groups(weights.mT @ grad, v) if need_grad_v else q.new_empty(0),
+        grad_logits.sum_to_size(bias.shape).to(bias.dtype) if need_grad_bias and bias is not None else q.new_empty(0),
     )
 
 

@@ -85,8 +85,7 @@ def attention_backward(
         return reference.attention_backward(
             grad_out, grad_lse, q, k, v, bias, *bounds, out, lse, causal, scale, deterministic, *needs
         )
-    none = q.new_empty(0)
-    return (*(grad if need else none for grad, need in zip(grads, needs, strict=False)), none)
+    return (*(grad if need else q.new_empty(0) for grad, need in zip(grads, needs, strict=False)), q.new_empty(0))
 
 
 # -- on the CPU -------------------------------------------------------------------------------------------------------

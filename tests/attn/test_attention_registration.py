@@ -75,13 +75,7 @@ def overloads():
             yield name, overload
 
 
-def marked(name, overload):
-    aliased = name.endswith("_backward") and not str(overload).endswith(".default")
-    reason = "gradients that nobody needs are one and the same empty tensor there"
-    return pytest.param(name, overload, marks=pytest.mark.xfail(strict=True, reason=reason) if aliased else ())
-
-
-@pytest.mark.parametrize(("name", "overload"), [marked(*o) for o in {str(o): (n, o) for n, o in overloads()}.values()], ids=str)
+@pytest.mark.parametrize(("name", "overload"), list({str(o): (n, o) for n, o in overloads()}.values()), ids=str)
 def test_opcheck(name, overload):
     for arguments in samples(name):
         torch.library.opcheck(overload, arguments)
