@@ -12,7 +12,7 @@ from mmgen_kernels.attn.triton_kernels.tiles import contract, exponential, in_un
 
 @triton.jit
 def load_exponent(lse, row, rows, like):
-    """What is subtracted from logits: infinity where there are no keys, or no row, so that all weights are 0. fp64 of fp32 inputs."""
+    """What is subtracted from logits, in fp64 of fp32 inputs: infinity where there are no keys, or no row: all weights are 0."""
     value = in_units(tl.load(lse + row, mask=row < rows, other=float("-inf")), like)
     return tl.where(value == float("-inf"), float("inf"), value)
 
