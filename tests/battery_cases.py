@@ -40,3 +40,15 @@ def check(case, dtypes, implementation):
         outcome = judge(case, dtypes)()
     assert not outcome.failures, "\n".join(outcome.failures)
     assert outcome.repeatable
+
+
+def check_on(instruction_set, family, monkeypatch):
+    """The quick cases of a family by C++ on the instruction set named; the other tests run the best one only."""
+    probe = pytest.importorskip("mmgen_kernels._probe", reason="built with MMGEN_KERNELS_PROBE=1")
+    if instruction_set not in probe.instruction_sets():
+        pytest.skip(f"this CPU has no {instruction_set}")
+    monkeypatch.setenv("MMGEN_KERNELS_CPU", instruction_set)
+    assert probe.selected() == instruction_set
+    for case in battery.cases(family):
+        for dtypes in case.dtypes if case.quick else ():
+            check(case, dtypes, "cpp")

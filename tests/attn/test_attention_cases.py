@@ -3,7 +3,6 @@
 import battery_cases
 import pytest
 
-from mmgen_kernels import battery
 from mmgen_kernels.battery.attn.attention import COVER
 from mmgen_kernels.library import OPERATORS
 
@@ -26,12 +25,4 @@ def test_case(case, dtypes, implementation):
 @pytest.mark.skipif(not OPERATORS["attention"].has_cpp, reason="the C++ part is not built")
 @pytest.mark.parametrize("instruction_set", ("scalar", "avx2", "avx512"))
 def test_instruction_sets(instruction_set, monkeypatch):
-    """The cases above run the best one only."""
-    probe = pytest.importorskip("mmgen_kernels._probe", reason="built with MMGEN_KERNELS_PROBE=1")
-    if instruction_set not in probe.instruction_sets():
-        pytest.skip(f"this CPU has no {instruction_set}")
-    monkeypatch.setenv("MMGEN_KERNELS_CPU", instruction_set)
-    assert probe.selected() == instruction_set
-    for case in battery.cases("attn"):
-        for dtypes in case.dtypes if case.quick else ():
-            battery_cases.check(case, dtypes, "cpp")
+    battery_cases.check_on(instruction_set, "attn", monkeypatch)

@@ -1,7 +1,6 @@
 """Compiles the family's kernels for chips that are not there, and prints what the machine code holds, a line of JSON each.
 
-A script of its own, as a process in which TRITON_INTERPRET is set cannot compile. The launchers run as they are, on tensors without
-data, and what they would launch is compiled with the types and divisibilities that Triton would find. Arguments: [[operator,
+A script of its own, as a process in which TRITON_INTERPRET is set cannot compile. Arguments: [[operator,
 configuration, D, dtype, capability], ...] as JSON.
 """
 
@@ -11,18 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vq"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from triton_compile import machine_code
+from triton_launches import Recorder
 
 from mmgen_kernels.modulation import triton_kernels
 from mmgen_kernels.modulation.triton_kernels import backward, forward, sums
 
-POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
 PRESENT = {
     "dit": {"vectors": "gate shift scale"},
     "table": {"vectors": "gate shift scale", "table": True, "vector_dtype": torch.float32},
@@ -36,52 +32,21 @@ PRESENT = {
 B, T = 3, 8
 
 
-class Recorder:
-    """Stands where a kernel is, and compiles what is launched."""
-
-    def __init__(self, kernel, capability, found):
-        self.kernel, self.capability, self.found = kernel, capability, found
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *args, **kwargs):
-        names = [p.name for p in self.kernel.params]
-        given = dict(zip(names, args, strict=False)) | {n: kwargs.pop(n) for n in list(kwargs) if n in names}
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(self.kernel.params):
-            value, name = given[parameter.name], parameter.name
-            if isinstance(value, torch.Tensor):
-                signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-            elif isinstance(value, tuple) and not parameter.is_constexpr:
-                signature[name] = tuple(POINTERS[v.dtype] for v in value)
-                attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
-            elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
-                signature[name], constants[(i,)] = "constexpr", value
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32"
-                if value % 16 == 0 and not parameter.do_not_specialize:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=kwargs)
-        code = machine_code(compiled)
-        code |= {"kernel": self.kernel.__name__, "warps": kwargs["num_warps"], "sums": layouts_of_sums(compiled.asm["ttgir"])}
-        self.found.append(code)
-
-
 def layouts_of_sums(text):
     """Of the rows that are added, in turn: how values lie in threads decides the order in which they are added."""
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", text, re.MULTILINE))
     return [layouts[name] for name in re.findall(r"\}\) : \(tensor<[0-9x]+xf32, (#\w+)>\) -> tensor<", text)]
 
 
+def describe(compiled):
+    return machine_code(compiled) | {"sums": layouts_of_sums(compiled.asm["ttgir"])}
+
+
 def facts(operator, configuration, dim, dtype, capability):
     options, found = PRESENT[configuration], []
-    forward.modulate_tokens = Recorder(FORWARD, capability, found)
-    backward.backward_chunks = Recorder(BACKWARD, capability, found)
-    sums.sum_chunks = Recorder(SUMS, capability, found)
+    forward.modulate_tokens = Recorder(FORWARD, capability, found, describe)
+    backward.backward_chunks = Recorder(BACKWARD, capability, found, describe)
+    sums.sum_chunks = Recorder(SUMS, capability, found, describe)
     dtype = getattr(torch, dtype)
     x_dtype, rows = options.get("x_dtype", dtype), None
     x = torch.empty(B, T, dim, dtype=x_dtype)
