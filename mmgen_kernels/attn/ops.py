@@ -62,7 +62,8 @@ def attention(
     Under autocast q, k and v are cast as torch's scaled_dot_product_attention casts them; bias is not, as it is added in fp32.
 
     NaN: a NaN or Inf in a query spoils that query's row; one in k or v spoils the rows that see it, and may spoil rows that see it
-    masked by `causal` or by a bias of -inf. Keys beyond key_lengths are not read.
+    masked by `causal` or by a bias of -inf. Keys beyond key_lengths are not read, nor are other sequences but by the reference,
+    which multiplies a packed batch as a whole.
 
     Source: Dao et al. 2022, FlashAttention; Milakov and Gimelshein 2018 for the running softmax.
     """

@@ -95,7 +95,7 @@ def run(
 
     Args:
         device: where the operators run.
-        family: vq, modulation or philox; None means every family.
+        family: vq, modulation, attn or philox; None means every family.
         quick: only the cases marked so.
         only: implementations to run; None means all that can serve.
         progress: called before each case with (number, total, name).
