@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
+from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.library import OPERATORS
-from mmgen_kernels.philox import ops
 
 CPU = torch.device("cpu")
 NAMES = list({case.operator: None for case in battery.cases("philox")})
@@ -28,7 +28,7 @@ def samples(name):
     if name == "fold_in":
         yield from ((KEY, torch.tensor(3)), (KEYS, torch.arange(5)), (transposed, torch.arange(10)[::2]), (KEYS[:0], KEYS[:0, 0]))
     else:
-        dtypes = [()] if name == "philox_integers" else [(dtype,) for dtype in ops.DTYPES]
+        dtypes = [()] if name == "philox_integers" else [(dtype,) for dtype in DTYPES]
         yield from ((KEY, [2, 3], *dtype) for dtype in dtypes)
         yield from ((key, shape, *dtypes[0]) for key, shape in ((KEYS, [5, 9]), (transposed, [5]), (KEYS[:0], [0, 3]), (KEY, [])))
 
