@@ -3,6 +3,7 @@
 from mmgen_kernels import backends, nn
 from mmgen_kernels.attn.ops import AttentionOutput, attention
 from mmgen_kernels.backends import backend_report, use_backend
+from mmgen_kernels.blocks.ops import adaln_attention, adaln_mlp, dit_block
 from mmgen_kernels.modulation.ops import adaln, gate_residual, gate_residual_adaln
 from mmgen_kernels.patching import patch
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
@@ -32,10 +33,13 @@ __all__ = [
     "RVQOutput",
     "VQOutput",
     "adaln",
+    "adaln_attention",
+    "adaln_mlp",
     "attention",
     "backend_report",
     "code_entropy",
     "code_statistics",
+    "dit_block",
     "fold_in",
     "gate_residual",
     "gate_residual_adaln",

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ DEVICES = {
     "torch": ("cpu", "cuda"),
     "cpp": ("cpu",),
 }
-FAMILIES = ("vq", "modulation", "attn", "philox")
+FAMILIES = ("vq", "modulation", "attn", "blocks", "philox")
 # Serve who asks for them, and nobody else: the interpreter and the compiler see neither races nor miscompiled code.
 BY_NAME_ONLY = {
     "cuda": 'tested by g++ and compiled by nvcc, not yet on a GPU; use_backend("cuda") asks for it',
@@ -97,6 +98,9 @@ def build_facts() -> dict:
 
 def reasons_against(operator: Operator, implementation: str, device: str) -> list[str]:
     """Why `implementation` cannot serve `operator` on tensors of `device`; empty if it can."""
+    if operator.parts:
+        reasons = [reason for part in operator.parts for reason in reasons_against(part, implementation, device)]
+        return list(dict.fromkeys(reasons))
     if implementation == "reference":
         return []
     reasons = []
@@ -148,13 +152,26 @@ def _warn_once(operator: Operator, device: str) -> None:
         warnings.warn(f"mmgen_kernels.{operator.name} runs as plain PyTorch on {device}: {best}: {reason}", stacklevel=4)
 
 
+def choice(name: str, family: str, *args: Any) -> str:
+    """What serves an operator called with these arguments, the first of which is a tensor."""
+    operator = OPERATORS[name]
+    return choose(operator, family, args[0].device.type, operator.prefer(*args) if operator.prefer is not None else None)
+
+
+def run(name: str, family: str, *args: Any, by: str | None = None) -> Any:
+    """An operator of another family below autograd, by what serves it or by the implementation named: for operators composed of
+    others."""
+    with torch.no_grad():
+        return OPERATORS[name](by or choice(name, family, *args), *args)
+
+
 @contextmanager
 def use_backend(implementation: str, family: str | None = None) -> Iterator[None]:
     """Runs operators by one implementation inside the `with`; what it cannot serve raises instead of falling back.
 
     Args:
         implementation: cuda, triton, torch, cpp or reference.
-        family: vq, modulation, attn or philox; None means every family.
+        family: vq, modulation, attn, blocks or philox; None means every family. A block runs by what its parts run by.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
@@ -173,6 +190,8 @@ def use_backend(implementation: str, family: str | None = None) -> Iterator[None
 
 def describe(operator: Operator, device: str) -> str:
     """One line per implementation: it serves, or the reasons against it."""
+    if operator.parts:
+        return f"{operator.name} on {device}: by what serves {', '.join(part.name for part in operator.parts)}"
     lines = [f"{operator.name} on {device}:"]
     for implementation in IMPLEMENTATIONS:
         reasons = reasons_against(operator, implementation, device)

@@ -7,7 +7,8 @@
     <input>_shape       the sizes of that input (when only its sizes are needed, it is not kept alive)
     anything else       the input or output of the forward that bears this name, saved by the forward
 
-and a result `grad_<input>` is the gradient of that input; an input that `passed_on` names has the gradient of an output as its own,
+and a result `grad_<input>` is the gradient of that input; one that bears the name of an output is that, computed again for whoever
+calls the backward by its name; an input that `passed_on` names has the gradient of an output as its own,
 uncopied. No family writes an autograd.Function.
 
 Measured costs and why it is done this way rather than with `torch.library.custom_op`: docs/design.md.
@@ -28,6 +29,7 @@ from torch._C import _DisableAutocast as NoAutocast  # type: ignore[attr-defined
 
 NAMESPACE = "mmgen_kernels"
 INLINE = "inline"  # no implementation: compiled code is to see the reference itself
+COMPOSED = "composed"  # of an operator that calls others, each of which has implementations of its own
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process
 OPERATORS: dict[str, Operator] = {}
 
@@ -47,6 +49,8 @@ class Operator:
         self.outputs = [r.name for r in parsed.returns]
         self.written = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.reference, self.fake, self.launchers = reference, fake, launchers
+        self.parts: tuple[Operator, ...] = ()  # the operators that it calls
+        self.prefer: Callable | None = None  # the arguments -> the implementation that serves these dtypes and sizes best, or None
         self.backward: Operator | None = None
         self.passed_on: dict[str, int] = {}  # input -> the output whose gradient it has
         self.sources: list[tuple[str, int]] = []  # where each argument of the backward comes from
@@ -64,7 +68,7 @@ class Operator:
             # the rule calls the very overload that was called, or vmap would undo the choice of implementation
             rule = functools.partial(vmap or functools.partial(vmap_by_loop, self), self.overloads[overload])
             torch.library.register_vmap(self.overloads[overload], rule, lib=LIBRARY)
-        self.overloads["cpp"] = self.overloads["default"]
+        self.overloads["cpp"] = self.overloads[COMPOSED] = self.overloads["default"]
         OPERATORS[self.name] = self
 
     def __call__(self, implementation: str, *args: Any) -> Any:
@@ -101,11 +105,11 @@ class Operator:
                     break
             else:
                 raise ValueError(f"{backward.name}: argument {name!r} names nothing of {self.name}")
-        if unknown := [r for r in backward.outputs if r.removeprefix("grad_") not in self.inputs]:
-            raise ValueError(f"{backward.name}: results {unknown} are not grad_<input of {self.name}>")
+        if unknown := [r for r in backward.outputs if r.removeprefix("grad_") not in self.inputs and r not in self.outputs]:
+            raise ValueError(f"{backward.name}: results {unknown} are neither grad_<input of {self.name}> nor an output of it")
         self.backward = backward
         for implementation, overload in self.overloads.items():
-            if implementation == "cpp":  # an alias of the default overload
+            if implementation in ("cpp", COMPOSED):  # aliases of the default overload
                 continue
             torch.library.register_autograd(
                 overload,
@@ -251,6 +255,8 @@ def define(
     passed_on: dict[str, str] | None = None,
     launchers: dict[str, tuple[str, str] | str] | None = None,
     vmap: Callable | None = None,
+    parts: tuple[Operator, ...] = (),
+    prefer: Callable | None = None,
 ) -> Operator:
     """Registers an operator, and its backward if it has one.
 
@@ -263,6 +269,8 @@ def define(
         launchers: implementation -> "module:function" (a pair, forward and backward, where there is a backward).
         vmap: rule (call, info, in_dims, *args) -> (output, out_dims) of the forward, where a loop over samples is too slow;
             `call` is the overload to be called.
+        parts: of an operator composed of others, those. It is called as COMPOSED, and each part runs by what serves it best.
+        prefer: arguments of the forward -> the implementation that serves these dtypes and sizes best, or None.
     """
     launchers = launchers or {}
     pairs = {name: (path, "") if isinstance(path, str) else path for name, path in launchers.items()}
@@ -271,4 +279,6 @@ def define(
         assert backward_reference is not None and backward_fake is not None
         derivative = Operator(backward, backward_reference, backward_fake, {n: p[1] for n, p in pairs.items()}, None)
         operator.wire(derivative, passed_on or {})
+        derivative.parts = tuple(part.backward for part in parts if part.backward is not None)
+    operator.parts, operator.prefer = parts, prefer
     return operator

@@ -1,0 +1,1 @@
+"""The blocks of Diffusion Transformers, composed of the families' operators: one autograd node each."""
