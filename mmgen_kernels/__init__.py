@@ -3,6 +3,7 @@
 from mmgen_kernels import backends, nn
 from mmgen_kernels.attn.ops import AttentionOutput, attention
 from mmgen_kernels.backends import backend_report, use_backend
+from mmgen_kernels.blocks.ema import update_ema
 from mmgen_kernels.blocks.ops import adaln_attention, adaln_mlp, dit_block
 from mmgen_kernels.modulation.ops import adaln, gate_residual, gate_residual_adaln
 from mmgen_kernels.patching import patch
@@ -54,6 +55,7 @@ __all__ = [
     "replace_dead_codes_",
     "residual_quantize",
     "update_codebook_ema_",
+    "update_ema",
     "use_backend",
     "vector_quantize",
 ]

@@ -1,5 +1,6 @@
 """Modules of all families."""
 
+from mmgen_kernels.blocks.modules import DiTBlock, FinalLayer
 from mmgen_kernels.modulation.modules import AdaLayerNorm, AdaLayerNormZero, AdaLNZeroOutput, RMSNorm
 from mmgen_kernels.vq.modules import CodeUsage, EMAVectorQuantizer, ResidualVectorQuantizer, VectorQuantizer
 
@@ -8,7 +9,9 @@ __all__ = [
     "AdaLayerNorm",
     "AdaLayerNormZero",
     "CodeUsage",
+    "DiTBlock",
     "EMAVectorQuantizer",
+    "FinalLayer",
     "RMSNorm",
     "ResidualVectorQuantizer",
     "VectorQuantizer",

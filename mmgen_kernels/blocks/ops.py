@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels import library
+from mmgen_kernels.attn.ops import ATTENTION as SELF_ATTENTION
 from mmgen_kernels.blocks import composition
+from mmgen_kernels.blocks.activation import MLP_ACTIVATION
 from mmgen_kernels.blocks.checks import (
     check_affine,
     check_heads,
@@ -23,7 +25,8 @@ from mmgen_kernels.blocks.checks import (
     hidden_width,
 )
 from mmgen_kernels.checks import check_number
-from mmgen_kernels.library import COMPOSED, OPERATORS
+from mmgen_kernels.library import COMPOSED
+from mmgen_kernels.modulation.ops import ADALN, GATE_RESIDUAL, GATE_RESIDUAL_ADALN
 
 
 def adaln_attention(
@@ -278,7 +281,7 @@ def attention_fakes(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple:
     B, T, _ = x.shape
     width = qkv_weight.shape[0] // 3
     q = qkv_weight.new_empty(B, T, num_heads, width // num_heads)
-    _, lse = OPERATORS["attention"].fake(q, q, q, None, None, None, None, False, 1.0, True)
+    _, lse = SELF_ATTENTION.fake(q, q, q, None, None, None, None, False, 1.0, True)
     return (x, (B, T, 3 * width), q.dtype), (x, q.shape, q.dtype), (x, lse.shape, lse.dtype)
 
 
@@ -336,7 +339,7 @@ BLOCK = (
 
 
 def define(
-    name: str, tensors: tuple[str, ...], options: str, keeps: tuple[str, ...], fake: Any, parts: tuple[str, ...]
+    name: str, tensors: tuple[str, ...], options: str, keeps: tuple[str, ...], fake: Any, parts: tuple[library.Operator, ...]
 ) -> library.Operator:
     """`tensors` have gradients; `keeps`: what the forward keeps for its backward."""
     names = [tensor.split()[-1] for tensor in tensors]
@@ -350,7 +353,7 @@ def define(
         backward_fake=lambda grad_out, *args: gradients_fake(
             (args[0], *args[1 + len(keeps) : len(tensors) + len(keeps)]), args[-len(tensors) :]
         ),
-        parts=tuple(OPERATORS[part] for part in parts),
+        parts=parts,
     )
 
 
@@ -360,7 +363,7 @@ ADALN_ATTENTION = define(
     f"{VISIBILITY}, Tensor? rows, int num_heads, str norm, float eps, float attention_scale, bool deterministic",
     ("statistics", "qkv", "attended", "lse", "update"),
     adaln_attention_fake,
-    ("adaln", "attention", "gate_residual", "gate_residual_adaln"),
+    (ADALN, SELF_ATTENTION, GATE_RESIDUAL, GATE_RESIDUAL_ADALN),
 )
 ADALN_MLP = define(
     "adaln_mlp",
@@ -368,7 +371,7 @@ ADALN_MLP = define(
     "Tensor? rows, str activation, str norm, float eps",
     ("statistics", "hidden", "update"),
     adaln_mlp_fake,
-    ("adaln", "mlp_activation", "gate_residual", "gate_residual_adaln"),
+    (ADALN, MLP_ACTIVATION, GATE_RESIDUAL, GATE_RESIDUAL_ADALN),
 )
 DIT_BLOCK = define(
     "dit_block",
@@ -376,5 +379,5 @@ DIT_BLOCK = define(
     f"{VISIBILITY}, Tensor? rows, int num_heads, str activation, str norm, float eps, float attention_scale, bool deterministic",
     ("statistics", "statistics_2", "qkv", "attended", "lse", "residual", "hidden", "update_msa", "update_mlp"),
     dit_block_fake,
-    ("adaln", "attention", "mlp_activation", "gate_residual", "gate_residual_adaln"),
+    (ADALN, SELF_ATTENTION, MLP_ACTIVATION, GATE_RESIDUAL, GATE_RESIDUAL_ADALN),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mmgen_kernels.patching import diffusers, diffusers_normalization, llamagen, taming, vector_quantize_pytorch
+from mmgen_kernels.patching import diffusers, diffusers_normalization, dit, llamagen, taming, vector_quantize_pytorch
 from mmgen_kernels.patching.handle import Handle, Kept, Replaced, patch_with
 from mmgen_kernels.patching.rule import Forward, Rule
 
@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     taming.VectorQuantizer2Rule(),
     llamagen.VectorQuantizerRule(),
     *diffusers_normalization.RULES,
+    *dit.RULES,
 )
 
 
