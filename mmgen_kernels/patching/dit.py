@@ -133,11 +133,14 @@ class DiTRule(Rule):
         return []
 
     def prepare(self, module: nn.Module, draw: Callable[..., Tensor]) -> None:
-        """Models begin with vectors of zeros: then nothing would be told from nothing."""
+        """Models begin with vectors, biases and a final layer of zeros: then nothing would be told from nothing."""
         for name, parameter in module.named_parameters():
-            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
-            ones = name.startswith("norm") and name.endswith("weight")  # there a norm's weight is what it is in a model
-            parameter.data.copy_(ones + draw(*parameter.shape) / fan_in**0.5)
+            if parameter.dim() == 1:
+                ones = name.startswith("norm") and name.endswith("weight")  # where a norm's weights are in a model
+                parameter.data.copy_(ones + draw(len(parameter)) / 2)
+            elif name.startswith("adaLN_modulation") or not parameter.any():  # of rank 1: a number for each would take 0.2 s
+                rows, columns = parameter.shape
+                parameter.data.copy_(draw(rows, 1) * draw(columns) / columns**0.5)
 
     def magnification(self, module: nn.Module) -> float:
         """A gradient passes ten tensors that stock has rounded, where the tolerances are for two."""
