@@ -33,16 +33,16 @@ def check_vectors(x: Tensor, rows: Tensor | None, **vectors: Tensor | None) -> N
             continue
         check_floats(name, vector)
         check_device(name, vector, "x", x)
-        shape = tuple(vector.shape)
+        fits = vector.dim() > 0 and vector.shape[-1] == D
         if rows is not None:
-            fits = vector.dim() in (1, 2) and shape[-1] == D and shape[:-1] != (0,)
-            wanted = f"(R, {D}) or ({D},) with rows"
+            fits = fits and (vector.dim() == 1 or (vector.dim() == 2 and vector.shape[0] > 0))
         else:
-            by_frame = vector.dim() == 3 and shape[1] > 0 and T % shape[1] == 0 and shape[::2] == (B, D)
-            fits = by_frame or shape in ((D,), (B, D))
-            wanted = f"({D},), ({B}, {D}) or ({B}, F, {D}) where F divides T = {T}"
-        if not fits:
-            raise ValueError(f"{name} must be {wanted}, got shape {shape}")
+            fits = fits and (vector.dim() == 1 or (vector.dim() <= 3 and vector.shape[0] == B))
+            fits = fits and (vector.dim() < 3 or (vector.shape[1] > 0 and T % vector.shape[1] == 0))
+        if not fits:  # a size that is written is a constant to compiled code: only here
+            by_place = f"({D},), ({B}, {D}) or ({B}, F, {D}) where F divides T = {T}"
+            wanted = by_place if rows is None else f"(R, {D}) or ({D},) with rows"
+            raise ValueError(f"{name} must be {wanted}, got shape {tuple(vector.shape)}")
 
 
 def check_rows(rows: Tensor | None, x: Tensor) -> None:

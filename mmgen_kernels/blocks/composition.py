@@ -193,9 +193,10 @@ def through_norm(grad: Tensor, of_modulated: Tensor | None, x: Tensor, statistic
 
 
 def kept(keep: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """What a backward needs; where there will be none, or it does not need it, an empty tensor."""
-    like = next(t for t in tensors if t is not None)
-    return tuple(t if keep and t is not None else like.new_empty(0) for t in tensors)
+    """What a backward needs, statistics first; where there will be none, or it does not need it, an empty tensor."""
+    statistics = tensors[0]
+    assert statistics is not None
+    return tuple(t if keep and t is not None else statistics.new_empty(0) for t in tensors)
 
 
 def needed(found: Gradients, need: Needs, names: tuple[str, ...], like: Tensor) -> tuple[Tensor, ...]:

@@ -14,8 +14,8 @@ WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.
 def update_ema(ema_model: nn.Module, model: nn.Module, decay: float = 0.9999) -> None:
     """Moves the parameters of `ema_model` towards those of `model`: ``ema += (1 - decay) * (parameter - ema)``.
 
-    All parameters of a device and dtype in one call of torch's multi-tensor kernels, in place; on CUDA a few launches and no wait for
-    the GPU. The same call as in the training scripts of DiT, SiT, REPA and LlamaGen, whose ``ema * decay + parameter * (1 - decay)``
+    All parameters of a device and dtype in one call of torch's multi-tensor kernels, in place; on CUDA a few launches and no wait
+    for the GPU. The same call as in the scripts of DiT, SiT, REPA and LlamaGen, whose ``ema * decay + parameter * (1 - decay)``
     rounds twice more and moves even what is equal already. Buffers are left alone, as there.
 
     Args:
@@ -41,7 +41,8 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float = 0.9999) ->
     for name, average in averages.items():
         parameter = parameters[name].detach()
         if parameter.shape != average.shape:
-            raise ValueError(f"{name} must have the shape {tuple(average.shape)} that it has in ema_model, got {tuple(parameter.shape)}")
+            expected = f"the shape {tuple(average.shape)} that it has in ema_model"
+            raise ValueError(f"{name} must have {expected}, got {tuple(parameter.shape)}")
         if parameter.device != average.device:
             raise ValueError(f"{name} must be on ema_model's device {average.device}, got {parameter.device}")
         of_average, of_parameter = groups.setdefault((average.device, average.dtype), ([], []))

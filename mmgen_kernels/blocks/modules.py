@@ -32,8 +32,8 @@ class DiTBlock(nn.Module):
         cond_dim: of c; None is D.
 
     Shape:
-        x (B, T, D); c (B, C) for whole samples, (B, F, C) for frames of equal length (F = T: for tokens) or, with rows, (R, C): token t
-        takes row ``rows[t]``. key_lengths and cu_seqlens as in `mk.dit_block`. The result has x's shape and dtype.
+        x (B, T, D); c (B, C) for whole samples, (B, F, C) for frames of equal length (F = T: for tokens) or, with rows, (R, C):
+        token t takes row ``rows[t]``. key_lengths and cu_seqlens as in `mk.dit_block`. The result has x's shape and dtype.
 
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, 2022, section 3.2.
     """
@@ -104,8 +104,9 @@ class Affine(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """What turns a Diffusion Transformer's tokens into patches: ``linear(n(x) * (1 + scale) + shift)``, shift, scale = Linear(SiLU(c)).
+    """What turns a Diffusion Transformer's tokens into patches: ``linear(n(x) * (1 + scale) + shift)`` with the vectors of c.
 
+    ``shift, scale = Linear(SiLU(c))``.
     The keys of the state dict are those of DiT and its kin, ``linear`` and ``adaLN_modulation.1``; both are zero at first.
 
     Args:

@@ -268,38 +268,41 @@ def keeps(tensors: Sequence[Tensor | None]) -> bool:
 # What no backward will need, and gradients that nobody needs, are empty tensors in the results.
 
 
-def kept_fakes(keep: bool, *shapes: tuple[Tensor | None, tuple, torch.dtype]) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(shape if keep else 0, dtype=dtype) for like, shape, dtype in shapes)  # type: ignore[union-attr]
+def like_statistics(x: Tensor, *shape: Any) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def kept_fakes(keep: bool, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Behind the statistics of x."""
+    found = (like_statistics(x, *x.shape[:2], 2), *tensors)
+    return tuple(t if keep and t is not None else like_statistics(x, 0) for t in found)
 
 
-def attention_fakes(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple:
+def update_fake(x: Tensor, gate: Tensor | None, projection: Tensor) -> Tensor | None:
+    return None if gate is None else projection.new_empty(x.shape)
+
+
+def attention_fakes(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """qkv, the attention's output and its lse."""
     B, T, _ = x.shape
     width = qkv_weight.shape[0] // 3
     q = qkv_weight.new_empty(B, T, num_heads, width // num_heads)
-    _, lse = SELF_ATTENTION.fake(q, q, q, None, None, None, None, False, 1.0, True)
-    return (x, (B, T, 3 * width), q.dtype), (x, q.shape, q.dtype), (x, lse.shape, lse.dtype)
+    return qkv_weight.new_empty(B, T, 3 * width), *SELF_ATTENTION.fake(q, q, q, None, None, None, None, False, 1.0, True)
 
 
 def adaln_attention_fake(
     x, shift, scale, gate, weight, bias, qkv_weight, qkv_bias, proj_weight, proj_bias, key_lengths, cu_seqlens, rows,
     num_heads, norm, eps, attention_scale, deterministic, keep,
 ):  # fmt: skip
-    statistics = (x, (*x.shape[:2], 2), statistics_dtype(x))
-    update = (x, x.shape if gate is not None else (0,), qkv_weight.dtype)
-    return x.new_empty(x.shape), *kept_fakes(keep, statistics, *attention_fakes(x, qkv_weight, num_heads), update)
+    of_attention = attention_fakes(x, qkv_weight, num_heads)
+    return x.new_empty(x.shape), *kept_fakes(keep, x, *of_attention, update_fake(x, gate, qkv_weight))
 
 
 def adaln_mlp_fake(
     x, shift, scale, gate, weight, bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows, activation, norm, eps, keep
 ):  # fmt: skip
-    statistics, hidden = (x, (*x.shape[:2], 2), statistics_dtype(x)), (x, (*x.shape[:2], fc1_weight.shape[0]), fc1_weight.dtype)
-    update = (x, x.shape if gate is not None else (0,), fc1_weight.dtype)
-    return x.new_empty(x.shape), *kept_fakes(keep, statistics, hidden, update)
+    hidden = fc1_weight.new_empty(*x.shape[:2], fc1_weight.shape[0])
+    return x.new_empty(x.shape), *kept_fakes(keep, x, hidden, update_fake(x, gate, fc1_weight))
 
 
 def dit_block_fake(
@@ -307,11 +310,11 @@ def dit_block_fake(
     qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, key_lengths, cu_seqlens, rows,
     num_heads, activation, norm, eps, attention_scale, deterministic, keep,
 ):  # fmt: skip
-    dtype, statistics = qkv_weight.dtype, (x, (*x.shape[:2], 2), statistics_dtype(x))
-    hidden = (x, (*x.shape[:2], fc1_weight.shape[0]), dtype)
-    updates = ((x, x.shape if gate is not None else (0,), dtype) for gate in (gate_msa, gate_mlp))
+    hidden = fc1_weight.new_empty(*x.shape[:2], fc1_weight.shape[0])
     of_attention = attention_fakes(x, qkv_weight, num_heads)
-    return x.new_empty(x.shape), *kept_fakes(keep, statistics, statistics, *of_attention, (x, x.shape, x.dtype), hidden, *updates)
+    updates = (update_fake(x, gate, qkv_weight) for gate in (gate_msa, gate_mlp))
+    statistics_2, residual = like_statistics(x, *x.shape[:2], 2), x.new_empty(x.shape)
+    return x.new_empty(x.shape), *kept_fakes(keep, x, statistics_2, *of_attention, residual, hidden, *updates)
 
 
 def gradients_fake(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -50,10 +50,11 @@ class BlockForward(ConditionedForward):
         if not self.serves(x, c):
             return self.stock(x, c)
         module: Any = self.module
-        attn, mlp, (first, second) = module.attn, module.mlp, (module.norm1, module.norm2)
+        attn, mlp, first, second = module.attn, module.mlp, module.norm1, module.norm2
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.vectors(c, 6)
         return mk.dit_block(
-            x, *self.vectors(c, 6), attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+            x, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, attn.qkv.weight, attn.qkv.bias,
+            attn.proj.weight, attn.proj.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
             num_heads=attn.num_heads, activation=ACTIVATION[mlp.act.approximate], eps=first.eps,
             norm1_weight=first.weight, norm1_bias=first.bias, norm2_weight=second.weight, norm2_bias=second.bias,
         )  # fmt: skip
@@ -182,7 +183,8 @@ class BlockRule(DiTRule):
             reasons.append(f"norm1 has eps {module.norm1.eps}, norm2 {module.norm2.eps}")
         num_heads = getattr(attn, "num_heads", None)
         if not isinstance(num_heads, int) or num_heads < 1 or D % (8 * num_heads) or D // num_heads > 256:
-            reasons.append(f"attn has num_heads = {num_heads}, which does not split {D} into heads of a multiple of 8 channels, up to 256")
+            heads = "heads of a multiple of 8 channels, up to 256"
+            reasons.append(f"attn has num_heads = {num_heads}, which does not split {D} into {heads}")
         return reasons + self.vector_reasons(module, 6, D)
 
     def forward(self, module: nn.Module) -> Forward:
