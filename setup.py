@@ -51,7 +51,7 @@ INSTRUCTION_SET_FLAGS = {
     "_avx512.cpp": AVX512_FLAGS,
     "_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
     "_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
-    "_amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
+    "_amx.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 # -fmad=false: as -ffp-contract above. Code for sm_80 serves every 8.x chip; the PTX is for chips that nobody knew yet.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-DUSE_CUDA", "-shared", "-cudart", "static", "-Xptxas", "-v",

@@ -1,24 +1,10 @@
 // attention on the CPU, backward: a thread takes all heads that read one head of keys, so that every sum is one thread's, in the
 // order of queries and keys. The gradient of the bias has a pass of its own, as others share it.
-#include "attn/problem.h"
+#include "attn/tiled_backward.h"
 #include "parallel.h"
 
 namespace mmgen_kernels::attn {
 namespace {
-
-// Upstream gradients and what the forward left.
-template <class Real>
-struct Upstream {
-  Tokens grad_out, out;
-  Tensor lse_tensor, grad_lse_tensor;  // keep the data alive
-  LogSumExp lse, grad_lse;
-  bool through_lse;  // there is a grad_lse
-
-  Upstream(const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Optional& grad_lse)
-      : grad_out(grad_out), out(out), lse_tensor(torch::stable::contiguous(lse)),
-        grad_lse_tensor(grad_lse ? torch::stable::contiguous(*grad_lse) : lse_tensor), lse(lse_tensor), grad_lse(grad_lse_tensor),
-        through_lse(grad_lse) {}
-};
 
 // A head's queries as the backward reads them: scaled, with upstream gradients, lse, and inner product of weights and their gradients,
 // which is out . grad_out.
@@ -27,7 +13,7 @@ struct Queries {
   Buffer<Real> q, grad_out, grad_lse, inner;
   Buffer<double> lse;
 
-  void read(const Problem<Real>& p, const Upstream<Real>& up, const Piece& piece, int64_t head, int64_t begin, int64_t count) {
+  void read(const Problem<Real>& p, const Upstream& up, const Piece& piece, int64_t head, int64_t begin, int64_t count) {
     const int64_t first = piece.q_begin + begin;
     for (Buffer<Real>* panel : {&q, &grad_out, &out}) panel->resize(std::max<int64_t>(panel->size(), count * p.ld));
     for (Buffer<Real>* column : {&grad_lse, &inner}) column->resize(std::max<int64_t>(column->size(), count));
@@ -75,15 +61,10 @@ struct Block {
 };
 
 template <class Real>
-struct Gradients {
-  Tensor q, k, v;
-};
-
-template <class Real>
 class Backward {
  public:
-  Backward(const Problem<Real>& problem, const Upstream<Real>& up, const Gradients<Real>& grads)
-      : p(problem), up(up), of(grads), grad_q(of.q), grad_k(of.k), grad_v(of.v), block(problem) {}
+  Backward(const Problem<Real>& problem, const Upstream& up, const Tokens& grad_q, const Tokens& grad_k, const Tokens& grad_v)
+      : p(problem), up(up), grad_q(grad_q), grad_k(grad_k), grad_v(grad_v), block(problem) {}
 
   void operator()(const Piece& piece, int64_t group) {
     sum_q.resize(piece.queries * p.ld);
@@ -124,21 +105,45 @@ class Backward {
   }
 
   const Problem<Real>& p;
-  const Upstream<Real>& up;
-  const Gradients<Real>& of;
+  const Upstream& up;
   Tokens grad_q, grad_k, grad_v;
   Queries<Real> queries;
   Block<Real> block;
   Buffer<Real> sum_q, sum_k, sum_v;
 };
 
+// Gradients of logits for that of a bias.
+template <class Real>
+class LogitGradients {
+ public:
+  static constexpr int64_t keys = block_keys;
+
+  LogitGradients(const Problem<Real>& problem, const Upstream& up) : p(problem), up(up), block(problem) {}
+
+  void read(const Piece& piece, int64_t head, int64_t t, int64_t count) { queries.read(p, up, piece, head, t, count); }
+
+  // (count, keys)
+  const Real* operator()(const Piece& piece, int64_t head, int64_t t, int64_t count, int64_t j, int64_t of_keys) {
+    block.read(p, piece, head / p.group, j, of_keys);
+    block.differentiate(p, piece, head, t, count, j, of_keys, queries, 0);
+    return block.grad_logits.data();
+  }
+
+ private:
+  const Problem<Real>& p;
+  const Upstream& up;
+  Queries<Real> queries;
+  Block<Real> block;
+};
+
 // The gradient of the bias sums over what the bias was broadcast over, samples first, then heads, queries and keys, in that order.
 // A thread takes some rows of the bias as it is.
-template <class Real>
+template <class Gradients, class Real>
 class BiasGradient {
  public:
-  BiasGradient(const Problem<Real>& problem, const Upstream<Real>& up, const Tensor& grad)
-      : p(problem), up(up), grad(grad), block(problem), sums(std::max<int64_t>(1, std::min(block_queries, p.q.length)) * std::max<int64_t>(1, p.k.length)) {}
+  BiasGradient(const Problem<Real>& problem, const Upstream& up, const Tensor& grad)
+      : p(problem), grad(grad), gradients(problem, up),
+        sums(std::max<int64_t>(1, std::min(block_queries, p.q.length)) * std::max<int64_t>(1, p.k.length)) {}
 
   void operator()(int64_t b, int64_t h, int64_t begin, int64_t count) {
     const bool for_all_samples = grad.size(0) == 1, for_all_heads = grad.size(1) == 1, for_all_queries = grad.size(2) == 1;
@@ -161,38 +166,36 @@ class BiasGradient {
  private:
   void add(const Piece& piece, int64_t head, int64_t t, int64_t count, bool in_one_row) {
     count = std::min(count, piece.queries - t);
-    queries.read(p, up, piece, head, t, count);
-    for (int64_t j = 0; j < piece.keys; j += block_keys) {
-      const int64_t keys = std::min(block_keys, piece.keys - j);
-      block.read(p, piece, head / p.group, j, keys);
-      block.differentiate(p, piece, head, t, count, j, keys, queries, 0);
+    gradients.read(piece, head, t, count);
+    for (int64_t j = 0; j < piece.keys; j += Gradients::keys) {
+      const int64_t keys = std::min(Gradients::keys, piece.keys - j);
+      const Real* of = gradients(piece, head, t, count, j, keys);
       for (int64_t i = 0; i < count; ++i) {
         Real* sum = sums.data() + (in_one_row ? 0 : i) * p.k.length + j;
-        const Real* row = block.grad_logits.data() + i * block_keys;
-        for (int64_t s = 0; s < keys; ++s) sum[s] += row[s];
+        for (int64_t s = 0; s < keys; ++s) sum[s] += of[i * Gradients::keys + s];
       }
     }
   }
 
   const Problem<Real>& p;
-  const Upstream<Real>& up;
   Tensor grad;
-  Queries<Real> queries;
-  Block<Real> block;
+  Gradients gradients;
   Buffer<Real> sums;
 };
 
-template <class Real>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem<Real>& p, const Upstream<Real>& up, const Optional& bias,
+template <class Worker, class Gradients, class Real>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem<Real>& p, const Upstream& up, const Optional& bias,
                                                     const bool (&needed)[4]) {
   const auto grad_of = [&](int i, const Tensor& t) { return needed[i] ? empty_as(t) : empty(t, {0}, t.scalar_type()); };
-  const auto four = [](const Tensor& t) { return t.dim() == 4 ? t : torch::stable::new_empty(t, {0, 0, 0, 0}, t.scalar_type()); };
+  const auto tokens = [](const Tensor& t) {
+    return Tokens(t.dim() == 4 ? t : torch::stable::new_empty(t, {0, 0, 0, 0}, t.scalar_type()));
+  };
   Tensor grad_q = grad_of(0, p.q.tensor), grad_k = grad_of(1, p.k.tensor), grad_v = grad_of(2, p.v.tensor);
-  const Gradients<Real> grads{four(grad_q), four(grad_k), four(grad_v)};
   const auto pieces = static_cast<int64_t>(p.pieces.size());
   if (needed[0] || needed[1] || needed[2]) {
+    const Tokens of_q = tokens(grad_q), of_k = tokens(grad_k), of_v = tokens(grad_v);
     const auto make = [&] {
-      return [&, worker = Backward<Real>(p, up, grads)](int64_t i) mutable { worker(p.pieces[i / p.k.heads], i % p.k.heads); };
+      return [&, worker = Worker(p, up, of_q, of_k, of_v)](int64_t i) mutable { worker(p.pieces[i / p.k.heads], i % p.k.heads); };
     };
     parallel_on_demand(pieces * p.k.heads, make, p.q.length * p.k.length * p.dim / 4 * p.group);
   }
@@ -201,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem<Real>& p, cons
   const int64_t heads = grad_bias.size(1), rows = grad_bias.size(2), row_blocks = (rows + block_queries - 1) / block_queries;
   if (grad_bias.numel() > 0)
     parallel_on_demand(grad_bias.size(0) * heads * row_blocks, [&] {
-      return [&, worker = BiasGradient<Real>(p, up, grad_bias)](int64_t i) mutable {
+      return [&, worker = BiasGradient<Gradients, Real>(p, up, grad_bias)](int64_t i) mutable {
         const int64_t begin = i % row_blocks * block_queries;
         worker(i / row_blocks / heads, i / row_blocks % heads, begin, std::min(block_queries, rows - begin));
       };
@@ -217,11 +220,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     bool causal, double scale, bool, bool need_grad_q, bool need_grad_k, bool need_grad_v, bool need_grad_bias) {
   const bool needed[] = {need_grad_q, need_grad_k, need_grad_v, need_grad_bias};
   Tensor upstream = grad_out ? *grad_out : zeros_as(q);
-  const auto run = [&]<class Real>(Real) {
-    const Problem<Real> problem(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale);
-    return backward(problem, Upstream<Real>(upstream, out, lse, grad_lse), bias, needed);
+  const auto problem = [&]<class Real>(Real) {
+    return Problem<Real>(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale);
   };
-  return is_double(q) ? run(double()) : run(float());
+  const Upstream up(upstream, out, lse, grad_lse);
+  if (is_double(q)) return backward<Backward<double>, LogitGradients<double>>(problem(double()), up, bias, needed);
+  if (on_tiles(q) && on_tiles(upstream) && on_tiles(out))
+    return backward<TiledBackward, TiledLogitGradients>(problem(float()), up, bias, needed);
+  return backward<Backward<float>, LogitGradients<float>>(problem(float()), up, bias, needed);
 }
 
 }  // namespace mmgen_kernels::attn

@@ -1,21 +1,16 @@
 // attention on the CPU, forward: a thread takes some queries of a head and sees all their keys, block by block.
-#include "attn/problem.h"
+#include "attn/tiled_forward.h"
 #include "parallel.h"
 
 namespace mmgen_kernels::attn {
 namespace {
 
-// Queries that share one packing of the keys: packing takes 2 % of the time. Theirs is 120 KiB of sums at 72 channels.
-constexpr int64_t queries_at_a_time = 4 * block_queries;
-
-struct Item {
-  const Piece* piece;
-  int64_t head, begin, count;
-};
-
 template <class Real>
 class Forward {
  public:
+  // Queries that share one packing of the keys: packing takes 2 % of the time. Theirs is 120 KiB of sums at 72 channels.
+  static constexpr int64_t queries_at_a_time = 4 * block_queries;
+
   Forward(const Problem<Real>& problem, int64_t most_queries, char* out, const LogSumExp& lse)
       : p(problem), out(out), lse(lse), panel_q(most_queries * p.ld), sums(most_queries * p.ld), keys(block_keys * p.ld),
         transposed(block_keys * p.dim), values(block_keys * p.ld), weights(std::min(block_queries, most_queries) * block_keys),
@@ -66,7 +61,7 @@ class Forward {
   Buffer<Real> panel_q, sums, keys, transposed, values, weights, maximum, divisor;
 };
 
-template <class Real>
+template <class Worker, class Real>
 std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
   const bool narrow = p.q.bytes == 2;
   const Tensor out = empty_as(p.q.tensor);
@@ -74,15 +69,15 @@ std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
   std::vector<Item> items;
   int64_t most_queries = 0;
   for (const Piece& piece : p.pieces) {
-    most_queries = std::max(most_queries, std::min(queries_at_a_time, piece.queries));
+    most_queries = std::max(most_queries, std::min(Worker::queries_at_a_time, piece.queries));
     for (int64_t head = 0; head < p.q.heads; ++head)
-      for (int64_t t = 0; t < piece.queries; t += queries_at_a_time)
-        items.push_back({&piece, head, t, std::min(queries_at_a_time, piece.queries - t)});
+      for (int64_t t = 0; t < piece.queries; t += Worker::queries_at_a_time)
+        items.push_back({&piece, head, t, std::min(Worker::queries_at_a_time, piece.queries - t)});
   }
   auto* out_data = static_cast<char*>(out.mutable_data_ptr());
   const LogSumExp lse_data(lse);
   const auto make = [&] {
-    return [&, worker = Forward<Real>(p, most_queries, out_data, lse_data)](int64_t i) mutable { worker(items[i]); };
+    return [&, worker = Worker(p, most_queries, out_data, lse_data)](int64_t i) mutable { worker(items[i]); };
   };
   parallel_on_demand(static_cast<int64_t>(items.size()), make, most_queries * p.k.length * p.dim / 8);  // 8 products of a cycle's 32
   return {out, lse};
@@ -93,8 +88,12 @@ std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias,
                                          const Optional& key_lengths, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
                                          bool causal, double scale, bool) {
-  if (is_double(q)) return forward(Problem<double>(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale));
-  return forward(Problem<float>(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale));
+  const auto problem = [&]<class Real>(Real) {
+    return Problem<Real>(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale);
+  };
+  if (is_double(q)) return forward<Forward<double>>(problem(double()));
+  if (on_tiles(q)) return forward<TiledForward>(problem(float()));
+  return forward<Forward<float>>(problem(float()));
 }
 
 }  // namespace mmgen_kernels::attn

@@ -61,6 +61,12 @@ struct Piece {
   int64_t b, q_begin, queries, k_begin, keys, unseen;
 };
 
+// Queries of a head of a piece that a thread takes at a time.
+struct Item {
+  const Piece* piece;
+  int64_t head, begin, count;
+};
+
 inline int64_t integer_at(const Tensor& t, int64_t i) {
   const void* data = t.const_data_ptr();
   return t.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
@@ -143,6 +149,19 @@ struct Problem {
 
   // How many keys of a block from j on the query number t of its piece sees.
   int64_t seen(int64_t t, int64_t j, int64_t keys) const { return causal ? std::clamp<int64_t>(t + 1 - j, 0, keys) : keys; }
+};
+
+// Upstream gradients and what the forward left.
+struct Upstream {
+  Tokens grad_out, out;
+  Tensor lse_tensor, grad_lse_tensor;  // keep the data alive
+  LogSumExp lse, grad_lse;
+  bool through_lse;  // there is a grad_lse
+
+  Upstream(const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Optional& grad_lse)
+      : grad_out(grad_out), out(out), lse_tensor(torch::stable::contiguous(lse)),
+        grad_lse_tensor(grad_lse ? torch::stable::contiguous(*grad_lse) : lse_tensor), lse(lse_tensor), grad_lse(grad_lse_tensor),
+        through_lse(grad_lse) {}
 };
 
 }  // namespace mmgen_kernels::attn

@@ -44,7 +44,7 @@ bool supported(InstructionSet set) {
       return __builtin_cpu_supports("avx512vnni") && supported(InstructionSet::avx512);
     case InstructionSet::amx: {
       static const bool permitted = amx_permitted();
-      return permitted && supported(InstructionSet::avx512_vnni);
+      return permitted && __builtin_cpu_supports("avx512bf16") && supported(InstructionSet::avx512_vnni);
     }
   }
 #endif
