@@ -21,8 +21,9 @@ struct TiledQueries {
     for (Tiles* of : {&q, &grad_out}) of->resize(std::max(of->size(), bytes));
     for (Buffer<float>* of : {&lse, &inner, &grad_lse}) of->resize(std::max<size_t>(of->size(), padded));
     const Rows upstream = rows_of(up.grad_out, piece.b, first, count, head);
-    tiles.pack_rows_transposed(rows_of(p.q, piece.b, first, count, head), padded, q.data());
-    tiles.pack_rows_transposed(upstream, padded, grad_out.data());
+    const int64_t in_tiles = tiles_of(count, tile_side) * tile_side;
+    tiles.pack_rows_transposed(rows_of(p.q, piece.b, first, count, head), in_tiles, q.data());
+    tiles.pack_rows_transposed(upstream, in_tiles, grad_out.data());
     tiles.dots(upstream, rows_of(up.out, piece.b, first, count, head), inner.data());
     for (int64_t i = 0; i < padded; ++i) {
       const bool there = i < count;
@@ -47,36 +48,35 @@ struct TiledBlock {
       : shape(p.dim), logits(p, keys), grad_weights(logits.logits.size()), k(logits.steps * 2 * shape.steps * tile_bytes), v(k.size()) {}
 
   void read(const Problem<float>& p, const TileKernels& tiles, const Piece& piece, int64_t group, int64_t j, int64_t count) {
-    const int64_t padded = tiles_of(count, tile_step) * tile_step;
+    const int64_t padded = tiles_of(count, tile_side) * tile_side;
     tiles.pack_rows(rows_of(p.k, piece.b, piece.k_begin + j, count, group), padded, k.data());
     tiles.pack_rows(rows_of(p.v, piece.b, piece.k_begin + j, count, group), padded, v.data());
   }
 
-  // Of queries t to t + `rows` of the piece, which lie in `of` from number i on, with `steps` times 32 of the `count` keys.
+  // Of queries t to t + `rows` of the piece, which lie in `of` from number i on, with those of the `count` keys that they see.
   void multiply(const Problem<float>& p, const TileKernels& tiles, const Piece& piece, int64_t head, int64_t t, int64_t rows, int64_t j,
-                int64_t count, int64_t steps, const TiledQueries& of, int64_t i) {
+                int64_t count, int64_t seen, const TiledQueries& of, int64_t i) {
     const int64_t at = i / tile_side * shape.steps * tile_bytes;
     const auto product = [&](const Tiles& keys, const Tiles& queries, Buffer<float>& to) {
-      tiles.multiply(2 * steps, 2, shape.steps, {keys.data(), shape.steps, 1}, {queries.data() + at, shape.steps, 1}, LogitBlock::sums(to),
-                     false);
+      tiles.multiply(tiles_of(seen, tile_side), tiles_of(rows, tile_side), shape.steps, {keys.data(), shape.steps, 1},
+                     {queries.data() + at, shape.steps, 1}, LogitBlock::sums(to), false);
     };
     product(k, of.q, logits.logits);
     product(v, of.grad_out, grad_weights);
-    logits.finish(p, tiles, piece, head, t, rows, j, count, steps, 2);
+    logits.finish(p, tiles, piece, head, t, rows, j, count, tiles_of(seen, tile_step), 2);
   }
 };
 
 class TiledBackward {
  public:
   TiledBackward(const Problem<float>& problem, const Upstream& up, const Tokens& grad_q, const Tokens& grad_k, const Tokens& grad_v)
-      : p(problem), up(up), tiles(*tile_kernels_of(selected())), grad_q(grad_q), grad_k(grad_k), grad_v(grad_v), shape(p.dim), block(p),
+      : p(problem), up(up), tiles(*tile_kernels_of(selected())), session(tiles), grad_q(grad_q), grad_k(grad_k), grad_v(grad_v), shape(p.dim), block(p),
         columns(block.logits.steps * shape.channels * tile_bytes) {
     for (Tiles* of : {&weights, &gradients, &gradients_of_queries}) of->resize(block.logits.steps * 2 * query_steps * tile_bytes);
   }
 
   void operator()(const Piece& piece, int64_t group) {
-    const TileSession session(tiles);
-    const int64_t query_tiles = tiles_of(piece.queries, tile_queries) * 2, key_tiles = tiles_of(piece.keys, tile_step) * 2;
+    const int64_t query_tiles = tiles_of(piece.queries, tile_queries) * 2, key_tiles = tiles_of(piece.keys, tile_side);
     for (Tiles* of : {&pairs_q, &pairs_grad}) of->resize(query_tiles / 2 * shape.channels * tile_bytes);
     sum_q.resize(query_tiles * shape.channels * tile_bytes);
     for (Tiles* sum : {&sum_k, &sum_v}) sum->assign(key_tiles * shape.channels * tile_bytes, std::byte{0});
@@ -107,43 +107,40 @@ class TiledBackward {
                                 columns.data());
     for (int64_t t = blind; t < piece.queries; t += most) {
       const int64_t rows = std::min(most, piece.queries - t), of_queries = tiles_of(rows, tile_queries);
-      const int64_t steps = tiles_of(p.seen(t + rows - 1, j, count), tile_step);
+      const int64_t seen = p.seen(t + rows - 1, j, count), steps = tiles_of(seen, tile_step);
       for (int64_t s = 0; s < of_queries; ++s) {
         const int64_t i = t + s * tile_queries;
-        block.multiply(p, tiles, piece, head, i, std::min(tile_queries, piece.queries - i), j, count, steps, queries, i);
+        block.multiply(p, tiles, piece, head, i, std::min(tile_queries, piece.queries - i), j, count, seen, queries, i);
         const NarrowBlock to{weights.data() + s * tile_bytes, gradients.data() + s * tile_bytes,
                              gradients_of_queries.data() + 2 * s * tile_bytes, query_steps};
         tiles.differentiate(block.logits.logits.data(), block.grad_weights.data(), steps, queries.terms(i), to);
       }
       const auto add = [&](const Tiles& left, const Tiles& pairs, Tiles& sum) {
         const Operand right{pairs.data() + t / tile_queries * shape.channels * tile_bytes, 1, shape.channels};
-        tiles.multiply(2 * steps, shape.channels, of_queries, {left.data(), query_steps, 1}, right,
+        tiles.multiply(tiles_of(seen, tile_side), shape.channels, of_queries, {left.data(), query_steps, 1}, right,
                        {sum.data() + j / tile_side * shape.channels * tile_bytes, shape.channels, 1}, true);
       };
       add(weights, pairs_grad, sum_v);
       add(gradients, pairs_q, sum_k);
-      tiles.multiply(shape.channels, 2 * of_queries, steps, {columns.data(), 1, shape.channels},
+      tiles.multiply(shape.channels, tiles_of(rows, tile_side), steps, {columns.data(), 1, shape.channels},
                      {gradients_of_queries.data(), 1, 2 * query_steps},
                      {sum_q.data() + t / tile_side * shape.channels * tile_bytes, 1, shape.channels}, j > 0);
     }
   }
 
   // Sums are tiles [token][channel], or each of them transposed.
-  void write(const Tokens& to, int64_t b, int64_t begin, int64_t count, int64_t head, double factor, Tiles& sum, bool transposed) const {
+  void write(const Tokens& to, int64_t b, int64_t begin, int64_t count, int64_t head, double factor, Tiles& sum, bool transposed) {
     if (to.tensor.numel() == 0) return;  // nobody asked for it
-    float by[tile_side];
-    std::fill_n(by, tile_side, static_cast<float>(factor));
-    for (int64_t i = 0; i < count; i += tile_side) {
-      const Rows rows = rows_of(to, b, begin + i, std::min(tile_side, count - i), head);
-      std::byte* of = sum.data() + i / tile_side * shape.channels * tile_bytes;
-      if (transposed) tiles.write_transposed({of, 1, shape.channels}, by, rows);
-      else tiles.write({of, shape.channels, 1}, by, rows);
-    }
+    factors.assign(count, static_cast<float>(factor));
+    const Rows rows = rows_of(to, b, begin, count, head);
+    if (transposed) tiles.write_transposed({sum.data(), 1, shape.channels}, factors.data(), rows);
+    else tiles.write({sum.data(), shape.channels, 1}, factors.data(), rows);
   }
 
   const Problem<float>& p;
   const Upstream& up;
   const TileKernels& tiles;
+  TileSession session;
   Tokens grad_q, grad_k, grad_v;
   TiledShape shape;
   TiledQueries queries;
@@ -152,6 +149,7 @@ class TiledBackward {
   Tiles pairs_q, pairs_grad;                       // right operands with the queries summed
   Tiles weights, gradients, gradients_of_queries;  // as in NarrowBlock
   Tiles sum_q, sum_k, sum_v;
+  Buffer<float> factors;
 };
 
 // Gradients of logits for that of a bias.
@@ -160,18 +158,17 @@ class TiledLogitGradients {
   static constexpr int64_t keys = TiledBlock::keys;
 
   TiledLogitGradients(const Problem<float>& problem, const Upstream& up)
-      : p(problem), up(up), tiles(*tile_kernels_of(selected())), block(p),
+      : p(problem), up(up), tiles(*tile_kernels_of(selected())), session(tiles), block(p),
         rows(tiles_of(std::min(block_queries, p.q.length), tile_queries) * tile_queries * keys) {}
 
   void read(const Piece& piece, int64_t head, int64_t t, int64_t count) { queries.read(p, up, tiles, piece, head, t, count); }
 
   // (count, keys)
   const float* operator()(const Piece& piece, int64_t head, int64_t t, int64_t count, int64_t j, int64_t of_keys) {
-    const TileSession session(tiles);
     const int64_t steps = tiles_of(of_keys, tile_step);
     block.read(p, tiles, piece, head / p.group, j, of_keys);
     for (int64_t i = 0; i < count; i += tile_queries) {
-      block.multiply(p, tiles, piece, head, t + i, std::min(tile_queries, count - i), j, of_keys, steps, queries, i);
+      block.multiply(p, tiles, piece, head, t + i, std::min(tile_queries, count - i), j, of_keys, of_keys, queries, i);
       tiles.differentiate_in_place(block.logits.logits.data(), block.grad_weights.data(), steps, queries.terms(i));
       tiles.transpose(block.grad_weights.data(), steps, rows.data() + i * keys, keys);
     }
@@ -182,6 +179,7 @@ class TiledLogitGradients {
   const Problem<float>& p;
   const Upstream& up;
   const TileKernels& tiles;
+  TileSession session;
   TiledQueries queries;
   TiledBlock block;
   Buffer<float> rows;

@@ -68,8 +68,8 @@ struct TileKernels {
   // running maximum and sum of each query up to date. factor is what multiplies what was summed with the old maximum; returns
   // whether any is not 1.
   bool (*soften)(float* block, int64_t steps, int64_t query_tiles, const float* highest, float* maximum, float* sum, float* factor);
-  // tiles [row][2 of queries] *= factor of the query
-  void (*rescale)(float* tiles, int64_t rows, int64_t query_tiles, const float* factor);
+  // transposed sums [query / 16][channel / 16] *= factor of the query
+  void (*rescale)(float* sums, int64_t channels, int64_t query_tiles, const float* factor);
   // logits -> weights, grad_weights -> gradients of the logits, as Kernels::differentiate does; rounded to bf16, or in place
   void (*differentiate)(const float* logits, const float* grad_weights, int64_t steps, const QueryTerms& terms, const NarrowBlock& to);
   void (*differentiate_in_place)(float* logits, float* grad_weights, int64_t steps, const QueryTerms& terms);
