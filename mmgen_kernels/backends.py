@@ -120,9 +120,8 @@ def reasons_against(operator: Operator, implementation: str, device: str) -> lis
     return reasons
 
 
-def choose(operator: Operator, family: str, device: str, prefer: str | None = None) -> str:
-    """The implementation that serves `operator` on `device`; `prefer`: the one that serves these dtypes and sizes best, if nobody
-    asked for another."""
+def choose(operator: Operator, family: str, device: str) -> str:
+    """The implementation that serves `operator` on `device`."""
     forced = _forced.get(family) or _forced.get(None)
     if forced is not None:
         if reasons := reasons_against(operator, forced, device):
@@ -130,8 +129,6 @@ def choose(operator: Operator, family: str, device: str, prefer: str | None = No
                 f"use_backend({forced!r}) cannot serve {operator.name}: {'; '.join(reasons)}\n{describe(operator, device)}"
             )
         return forced
-    if prefer is not None and not reasons_against(operator, prefer, device):
-        return prefer
     if torch.compiler.is_compiling() and (operator.name, device) in STEPS_ASIDE:
         return INLINE
     if device == "cpu" and operator.has_cpp:  # the common case, kept short: this runs on every eager call
@@ -152,17 +149,11 @@ def _warn_once(operator: Operator, device: str) -> None:
         warnings.warn(f"mmgen_kernels.{operator.name} runs as plain PyTorch on {device}: {best}: {reason}", stacklevel=4)
 
 
-def choice(name: str, family: str, *args: Any) -> str:
-    """What serves an operator called with these arguments, the first of which is a tensor."""
+def run(name: str, family: str, *args: Any) -> Any:
+    """An operator of another family by what serves the first argument's device, below autograd: for operators composed of others."""
     operator = OPERATORS[name]
-    return choose(operator, family, args[0].device.type, operator.prefer(*args) if operator.prefer is not None else None)
-
-
-def run(name: str, family: str, *args: Any, by: str | None = None) -> Any:
-    """An operator of another family below autograd, by what serves it or by the implementation named: for operators composed of
-    others."""
     with torch.no_grad():
-        return OPERATORS[name](by or choice(name, family, *args), *args)
+        return operator(choose(operator, family, args[0].device.type), *args)
 
 
 @contextmanager

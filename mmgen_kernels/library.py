@@ -50,7 +50,6 @@ class Operator:
         self.written = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.reference, self.fake, self.launchers = reference, fake, launchers
         self.parts: tuple[Operator, ...] = ()  # the operators that it calls
-        self.prefer: Callable | None = None  # the arguments -> the implementation that serves these dtypes and sizes best, or None
         self.backward: Operator | None = None
         self.passed_on: dict[str, int] = {}  # input -> the output whose gradient it has
         self.sources: list[tuple[str, int]] = []  # where each argument of the backward comes from
@@ -256,7 +255,6 @@ def define(
     launchers: dict[str, tuple[str, str] | str] | None = None,
     vmap: Callable | None = None,
     parts: tuple[Operator, ...] = (),
-    prefer: Callable | None = None,
 ) -> Operator:
     """Registers an operator, and its backward if it has one.
 
@@ -270,7 +268,6 @@ def define(
         vmap: rule (call, info, in_dims, *args) -> (output, out_dims) of the forward, where a loop over samples is too slow;
             `call` is the overload to be called.
         parts: of an operator composed of others, those. It is called as COMPOSED, and each part runs by what serves it best.
-        prefer: arguments of the forward -> the implementation that serves these dtypes and sizes best, or None.
     """
     launchers = launchers or {}
     pairs = {name: (path, "") if isinstance(path, str) else path for name, path in launchers.items()}
@@ -280,5 +277,5 @@ def define(
         derivative = Operator(backward, backward_reference, backward_fake, {n: p[1] for n, p in pairs.items()}, None)
         operator.wire(derivative, passed_on or {})
         derivative.parts = tuple(part.backward for part in parts if part.backward is not None)
-    operator.parts, operator.prefer = parts, prefer
+    operator.parts = parts
     return operator

@@ -150,17 +150,17 @@ __m512 weight_of(__m512 x) {
 }
 
 template <bool BIAS, bool MASK>
-void logits_of(float* block, int64_t steps, int64_t query_tiles, float scale, const float* bias, int64_t bias_row, const int32_t* seen,
-               float* highest) {
-  const __m512 factor = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-infinity);
+void logits_of(float* block, int64_t steps, int64_t query_tiles, const LogitTerms& terms, float* highest) {
+  const __m512 factor = _mm512_set1_ps(terms.scale), lowest = _mm512_set1_ps(-infinity);
   for (int64_t n = 0; n < query_tiles; ++n) {
-    const __m512i end = MASK ? _mm512_loadu_si512(seen + n * side) : __m512i{};
+    const __m512i end = MASK ? _mm512_loadu_si512(terms.seen + n * side) : __m512i{};
     __m512 peak[2] = {lowest, lowest};
     for (int64_t i = 0; i < 2 * steps; ++i) {
       float* tile = block + (2 * i + n) * sums_of_tile;
       __m512i added[16];
       if constexpr (BIAS) {
-        for (int64_t r = 0; r < side; ++r) added[r] = _mm512_loadu_si512(bias + (n * side + r) * bias_row + i * side);
+        const float* from = terms.bias + n * side * terms.bias_row + i * side;
+        for (int64_t r = 0; r < side; ++r) added[r] = _mm512_loadu_si512(from + r * terms.bias_row);
         transpose(added);
       }
 #pragma GCC unroll 16
@@ -179,16 +179,16 @@ void logits_of(float* block, int64_t steps, int64_t query_tiles, float scale, co
   }
 }
 
-void logits(float* block, int64_t steps, int64_t query_tiles, float scale, const float* bias, int64_t bias_row, const int32_t* seen,
-            float* highest) {
-  const auto run = bias ? seen ? logits_of<true, true> : logits_of<true, false> : seen ? logits_of<false, true> : logits_of<false, false>;
-  run(block, steps, query_tiles, scale, bias, bias_row, seen, highest);
+void logits(float* block, int64_t steps, int64_t query_tiles, const LogitTerms& terms, float* highest) {
+  const auto plain = terms.seen ? logits_of<false, true> : logits_of<false, false>;
+  const auto biased = terms.seen ? logits_of<true, true> : logits_of<true, false>;
+  (terms.bias ? biased : plain)(block, steps, query_tiles, terms, highest);
 }
 
 // One row of a right operand: the numbers of two rows in turn.
 __m512i in_turn(__m512 even, __m512 odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                                         18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
@@ -263,7 +263,10 @@ void differentiate(const float* logits, const float* grad_weights, int64_t steps
     const int64_t first = 2 * i * sums_of_tile;
 #pragma GCC unroll 2
     for (int r = 0; r < 16; r += 2, of_queries += 64) {
-      const auto at = [&](int n, int row) { return of[n](logits + first + n * sums_of_tile + row * side, grad_weights + first + n * sums_of_tile + row * side); };
+      const auto at = [&](int n, int row) {
+        const int64_t i = first + n * sums_of_tile + row * side;
+        return of[n](logits + i, grad_weights + i);
+      };
       const Pair a = at(0, r), b = at(1, r), c = at(0, r + 1), d = at(1, r + 1);
       const auto side_by_side = [](__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); };
       _mm512_store_si512(weights + r * 64, side_by_side(a.weight, b.weight));

@@ -6,8 +6,8 @@
 namespace mmgen_kernels::attn {
 namespace {
 
-// A head's queries as the backward reads them: scaled, with upstream gradients, lse, and inner product of weights and their gradients,
-// which is out . grad_out.
+// A head's queries as the backward reads them: scaled, with upstream gradients, lse, and inner product of weights and their
+// gradients, which is out . grad_out.
 template <class Real>
 struct Queries {
   Buffer<Real> q, grad_out, grad_lse, inner;
@@ -55,8 +55,8 @@ struct Block {
     p.logits(piece, head, t, count, j, keys, of.q.data() + row * p.ld, transposed_keys.data(), weights.data());
     p.inner_products(count, keys, of.grad_out.data() + row * p.ld, transposed_values.data(), grad_logits.data());
     for (int64_t i = 0; i < count; ++i)
-      p.kernels.differentiate(weights.data() + i * block_keys, grad_logits.data() + i * block_keys, of.lse[row + i], of.inner[row + i],
-                              of.grad_lse[row + i], p.seen(t + i, j, keys), keys);
+      p.kernels.differentiate(weights.data() + i * block_keys, grad_logits.data() + i * block_keys, of.lse[row + i],
+                              of.inner[row + i], of.grad_lse[row + i], p.seen(t + i, j, keys), keys);
   }
 };
 
@@ -85,7 +85,7 @@ class Backward {
  private:
   void one_block(const Piece& piece, int64_t group, int64_t head, int64_t j) {
     const int64_t count = std::min(block_keys, piece.keys - j);
-    const int64_t blind = p.causal ? std::min(j, piece.queries) / block_queries * block_queries : 0;  // these queries come before them
+    const int64_t blind = p.causal ? std::min(j, piece.queries) / block_queries * block_queries : 0;  // their queries come before
     block.read(p, piece, group, j, count);
     const auto add = [&](int64_t m, int64_t k, const Buffer<Real>& a, int64_t a_row, int64_t a_column, const Real* b, Real* sum) {
       p.kernels.multiply(m, p.ld, k, a.data(), a_row, a_column, b, p.ld, sum, p.ld, true);
@@ -101,7 +101,8 @@ class Backward {
 
   void write(const Tokens& to, int64_t b, int64_t begin, int64_t count, int64_t head, Real factor, const Buffer<Real>& sum) const {
     if (to.tensor.numel() == 0) return;  // nobody asked for it
-    for (int64_t i = 0; i < count; ++i) p.kernels.narrow[to.dtype](sum.data() + i * p.ld, factor, p.dim, to.row(b, begin + i, head));
+    for (int64_t i = 0; i < count; ++i)
+      p.kernels.narrow[to.dtype](sum.data() + i * p.ld, factor, p.dim, to.row(b, begin + i, head));
   }
 
   const Problem<Real>& p;

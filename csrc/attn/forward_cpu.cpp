@@ -52,7 +52,8 @@ class Forward {
                                            &divisor[first + i]);
       if (factor != 1) p.kernels.scale(sums.data() + (first + i) * p.ld, factor, p.ld);
     }
-    p.kernels.multiply(queries, p.ld, count, weights.data(), block_keys, 1, values.data(), p.ld, sums.data() + first * p.ld, p.ld, true);
+    p.kernels.multiply(queries, p.ld, count, weights.data(), block_keys, 1, values.data(), p.ld, sums.data() + first * p.ld, p.ld,
+                       true);
   }
 
   const Problem<Real>& p;
@@ -79,7 +80,8 @@ std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
   const auto make = [&] {
     return [&, worker = Worker(p, most_queries, out_data, lse_data)](int64_t i) mutable { worker(items[i]); };
   };
-  parallel_on_demand(static_cast<int64_t>(items.size()), make, most_queries * p.k.length * p.dim / 8);  // 8 products of a cycle's 32
+  // 8 products of a cycle's 32
+  parallel_on_demand(static_cast<int64_t>(items.size()), make, most_queries * p.k.length * p.dim / 8);
   return {out, lse};
 }
 

@@ -196,7 +196,8 @@ struct Loops {
     constexpr Real infinity = std::numeric_limits<Real>::infinity();
     const int64_t end = padded(columns);
     std::fill(logits + keys, logits + end, -infinity);
-    const Real high = lse == -infinity ? infinity : static_cast<Real>(lse), low = high == infinity ? 0 : static_cast<Real>(lse - high);
+    const Real high = lse == -infinity ? infinity : static_cast<Real>(lse);
+    const Real low = high == infinity ? 0 : static_cast<Real>(lse - high);
     const Vec subtracted = Lanes::broadcast(high), rest = Lanes::broadcast(low), mean = Lanes::broadcast(inner - grad_lse);
     for (int64_t j = 0; j < end; j += W) {
       const Vec logit = Lanes::load(logits + j), difference = logit - subtracted, exact = simd::exponential<Lanes>(difference);

@@ -102,7 +102,8 @@ struct LogSumExp {
   void* data;
   bool narrow;
 
-  explicit LogSumExp(const Tensor& lse) : data(const_cast<void*>(lse.const_data_ptr())), narrow(lse.scalar_type() == ScalarType::Float) {}
+  explicit LogSumExp(const Tensor& lse)
+      : data(const_cast<void*>(lse.const_data_ptr())), narrow(lse.scalar_type() == ScalarType::Float) {}
   double operator[](int64_t i) const { return narrow ? static_cast<float*>(data)[i] : static_cast<double*>(data)[i]; }
   void write(int64_t i, double value) const {
     if (narrow) static_cast<float*>(data)[i] = static_cast<float>(value);
@@ -131,8 +132,8 @@ struct Problem {
     for (int64_t i = 0; i < count; ++i) kernels.widen[of.dtype](of.row(b, begin + i, head), dim, factor, ld, out + i * ld);
   }
 
-  // Logits of `queries` rows of a panel of scaled queries, the first of them number t of its piece, with a block of `keys` keys from
-  // number j on.
+  // Logits of `queries` rows of a panel of scaled queries, the first of them number t of its piece, with a block of `keys` keys
+  // from number j on.
   void logits(const Piece& piece, int64_t head, int64_t t, int64_t queries, int64_t j, int64_t keys, const Real* panel_q,
               const Real* transposed_k, Real* out) const {
     inner_products(queries, keys, panel_q, transposed_k, out);
@@ -144,7 +145,8 @@ struct Problem {
   void inner_products(int64_t rows, int64_t columns, const Real* panel, const Real* transposed, Real* out) const {
     const int64_t half = dim / 2, padded = (columns + kernels.width - 1) / kernels.width * kernels.width;
     kernels.multiply(rows, padded, half, panel, ld, 1, transposed, block_keys, out, block_keys, false);
-    kernels.multiply(rows, padded, dim - half, panel + half, ld, 1, transposed + half * block_keys, block_keys, out, block_keys, true);
+    kernels.multiply(rows, padded, dim - half, panel + half, ld, 1, transposed + half * block_keys, block_keys, out, block_keys,
+                     true);
   }
 
   // How many keys of a block from j on the query number t of its piece sees.

@@ -11,8 +11,8 @@ constexpr int64_t block_keys = 64;     // of a block of logits; a multiple of ev
 constexpr int64_t block_queries = 96;  // 96 x 64 logits in fp32 are 24 KiB, which leaves room for a panel of keys in L1
 
 // Blocks of logits, weights and their gradients are (block_queries, block_keys), rows contiguous. Of `columns` keys that are
-// there a row sees the first `keys`; the rest of it counts as masked, up to a whole vector. Panels of q, k, v, out and their gradients have rows of `ld` channels, a multiple of the vector's
-// width, 0 past the head dimension.
+// there a row sees the first `keys`; the rest of it counts as masked, up to a whole vector. Panels of q, k, v, out and their
+// gradients have rows of `ld` channels, a multiple of the vector's width, 0 past the head dimension.
 template <class Real>
 struct Kernels {
   int64_t width;  // lanes of a vector

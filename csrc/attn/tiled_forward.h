@@ -1,58 +1,59 @@
 // The forward in bf16 on matrix tiles: see attn/tiles.h.
 #pragma once
 
-#include "attn/problem.h"
 #include "attn/tiled_problem.h"
 
 namespace mmgen_kernels::attn {
 
 class TiledForward {
  public:
-  // Queries that share one packing of the keys
+  // They share one packing of the keys.
   static constexpr int64_t queries_at_a_time = 512;
 
   TiledForward(const Problem<float>& problem, int64_t most_queries, char* out, const LogSumExp& lse)
-      : p(problem), tiles(*tile_kernels_of(selected())), session(tiles), shape(problem.dim), out(out), lse(lse),
-        queries(tiles_of(most_queries, tile_queries) * 2 * shape.steps * tile_bytes),
-        sums(tiles_of(most_queries, tile_queries) * 2 * shape.channels * tile_bytes),
-        block(p, tiled_keys), keys(block.steps * 2 * shape.steps * tile_bytes), values(block.steps * shape.channels * tile_bytes),
-        factor(tiles_of(most_queries, tile_queries) * tile_queries), maximum(factor.size()), divisor(factor.size()) {}
+      : p(problem), kernels(*tile_kernels_of(selected())), session(kernels), channels(p.dim), out(out), lse(lse),
+        block(p, block_keys), queries(filled_up(most_queries, tile_side) / tile_side * channels.steps * tile_bytes),
+        sums(filled_up(most_queries, tile_side) / tile_side * channels.tiles * tile_bytes),
+        keys(block.steps * 2 * channels.steps * tile_bytes), values(block.steps * channels.tiles * tile_bytes),
+        factor(filled_up(most_queries, tile_side)), maximum(factor.size()), divisor(factor.size()) {}
 
   void operator()(const Item& item) {
     const Piece& piece = *item.piece;
-    const int64_t group = item.head / p.group, end = item.begin + item.count;
-    const int64_t padded = tiles_of(item.count, tile_side) * tile_side;
-    tiles.pack_rows_transposed(rows_of(p.q, piece.b, piece.q_begin + item.begin, item.count, item.head), padded, queries.data());
+    const int64_t group = item.head / p.group, end = item.begin + item.count, padded = filled_up(item.count, tile_side);
+    kernels.pack_rows_transposed(rows_of(p.q, piece.b, piece.q_begin + item.begin, item.count, item.head), padded, queries.data());
     std::fill_n(maximum.data(), padded, -std::numeric_limits<float>::infinity());
     std::fill_n(divisor.data(), padded, 0.0f);
     const int64_t visible = p.causal ? std::min(piece.keys, end) : piece.keys;
     if (visible == 0) std::fill(sums.begin(), sums.end(), std::byte{0});
-    for (int64_t j = 0; j < visible; j += tiled_keys) {
-      const int64_t count = std::min(tiled_keys, piece.keys - j), steps = tiles_of(count, tile_step);
-      tiles.pack_rows(rows_of(p.k, piece.b, piece.k_begin + j, count, group), tiles_of(count, tile_side) * tile_side, keys.data());
-      tiles.pack_pairs_transposed(rows_of(p.v, piece.b, piece.k_begin + j, count, group), steps * tile_step, values.data());
+    for (int64_t j = 0; j < visible; j += block_keys) {
+      const int64_t count = std::min(block_keys, piece.keys - j), begin = piece.k_begin + j;
+      kernels.pack_rows(rows_of(p.k, piece.b, begin, count, group), filled_up(count, tile_side), keys.data());
+      kernels.pack_pairs_transposed(rows_of(p.v, piece.b, begin, count, group), filled_up(count, tile_step), values.data());
       for (int64_t t = item.begin; t < end; t += tile_queries) {
-        const int64_t rows = std::min(tile_queries, end - t);
-        if (p.seen(t + rows - 1, j, count) > 0) add_block(item, t, rows, j, count);
+        const int64_t rows = std::min(tile_queries, end - t), seen = p.seen(t + rows - 1, j, count);
+        if (seen > 0) add(t - item.begin, {piece, item.head, t, rows, j, seen});
       }
     }
     write(item);
   }
 
  private:
-  void add_block(const Item& item, int64_t t, int64_t rows, int64_t j, int64_t count) {
-    const int64_t first = t - item.begin, query_tiles = tiles_of(rows, tile_side);
-    const int64_t seen = p.seen(t + rows - 1, j, count), steps = tiles_of(seen, tile_step);
-    const Operand of_q{queries.data() + first / tile_side * shape.steps * tile_bytes, shape.steps, 1};
-    tiles.multiply(tiles_of(seen, tile_side), query_tiles, shape.steps, {keys.data(), shape.steps, 1}, of_q, block.sums(block.logits), false);
-    block.finish(p, tiles, *item.piece, item.head, t, rows, j, count, steps, query_tiles);
-    float* by = factor.data() + first;
-    const bool changed = tiles.soften(block.logits.data(), steps, query_tiles, block.highest, maximum.data() + first,
-                                      divisor.data() + first, by);
-    std::byte* to = sums.data() + first / tile_side * shape.channels * tile_bytes;
-    if (j > 0 && changed) tiles.rescale(reinterpret_cast<float*>(to), shape.channels, query_tiles, by);
-    const Operand weights{reinterpret_cast<std::byte*>(block.logits.data()), 1, 4};
-    tiles.multiply(shape.channels, query_tiles, steps, {values.data(), 1, shape.channels}, weights, {to, 1, shape.channels}, j > 0);
+  // Of logits: 32 KiB with 32 queries. Keys and values beside them are 64 KiB at 64 channels.
+  static constexpr int64_t block_keys = 256;
+
+  void add(int64_t first, const Area& area) {
+    const int64_t query_tiles = tiles_of(area.rows, tile_side), steps = tiles_of(area.keys, tile_step);
+    const Operand of_q{queries.data() + first / tile_side * channels.steps * tile_bytes, channels.steps, 1};
+    kernels.multiply(tiles_of(area.keys, tile_side), query_tiles, channels.steps, {keys.data(), channels.steps, 1}, of_q,
+                     LogitBlock::sums(block.logits), false);
+    block.finish(p, kernels, area, query_tiles);
+    const bool changed = kernels.soften(block.logits.data(), steps, query_tiles, block.highest, maximum.data() + first,
+                                        divisor.data() + first, factor.data() + first);
+    std::byte* to = sums.data() + first / tile_side * channels.tiles * tile_bytes;
+    if (area.j > 0 && changed)
+      kernels.rescale(reinterpret_cast<float*>(to), channels.tiles, query_tiles, factor.data() + first);
+    const Operand of_v{values.data(), 1, channels.tiles}, weights{reinterpret_cast<std::byte*>(block.logits.data()), 1, 4};
+    kernels.multiply(channels.tiles, query_tiles, steps, of_v, weights, {to, 1, channels.tiles}, area.j > 0);
   }
 
   void write(const Item& item) {
@@ -64,18 +65,17 @@ class TiledForward {
     }
     const int64_t stride = p.q.heads * p.dim * p.q.bytes;
     char* to = out + (piece.b * p.q.length + from) * stride + item.head * p.dim * p.q.bytes;
-    tiles.write_transposed({sums.data(), 1, shape.channels}, factor.data(), {to, stride, item.count, p.dim});
+    kernels.write_transposed({sums.data(), 1, channels.tiles}, factor.data(), {to, stride, item.count, p.dim});
   }
 
   const Problem<float>& p;
-  const TileKernels& tiles;
+  const TileKernels& kernels;
   TileSession session;
-  TiledShape shape;
+  TiledChannels channels;
   char* out;
   LogSumExp lse;
-  Tiles queries, sums;
   LogitBlock block;
-  Tiles keys, values;
+  Tiles queries, sums, keys, values;
   Buffer<float> factor, maximum, divisor;
 };
 

@@ -8,27 +8,27 @@ namespace mmgen_kernels::attn {
 
 using Tiles = Buffer<std::byte>;
 
-constexpr int64_t tiled_keys = 256;  // of a block of logits: 32 KiB with 32 queries
-
 inline int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t filled_up(int64_t count, int64_t size) { return tiles_of(count, size) * size; }
 
 // Tiles that the channels of a head take: where they are summed, and where they are not.
-struct TiledShape {
-  int64_t steps, channels;
+struct TiledChannels {
+  int64_t steps, tiles;
 
-  explicit TiledShape(int64_t dim) : steps(tiles_of(dim, tile_step)), channels(tiles_of(dim, tile_side)) {}
+  explicit TiledChannels(int64_t dim) : steps(tiles_of(dim, tile_step)), tiles(tiles_of(dim, tile_side)) {}
 };
 
 inline bool on_tiles(const Tensor& q) { return q.scalar_type() == ScalarType::BFloat16 && tile_kernels_of(selected()); }
 
+// Of a thread, while it has work on tiles.
 class TileSession {
  public:
-  explicit TileSession(const TileKernels& tiles) : tiles(tiles) { tiles.enter(before); }
-  ~TileSession() { tiles.leave(before); }
+  explicit TileSession(const TileKernels& kernels) : kernels(kernels) { kernels.enter(before); }
+  ~TileSession() { kernels.leave(before); }
   TileSession(const TileSession&) = delete;
 
  private:
-  const TileKernels& tiles;
+  const TileKernels& kernels;
   alignas(64) std::byte before[64];
 };
 
@@ -36,7 +36,13 @@ inline Rows rows_of(const Tokens& of, int64_t b, int64_t begin, int64_t count, i
   return {of.row(b, begin, head), of.tensor.stride(1) * of.bytes, count, of.dim};
 }
 
-// Sums of queries' and keys' products, made logits where they lie.
+// Queries [t, t + rows) of a head of a piece, 32 at most, with its keys [j, j + keys).
+struct Area {
+  const Piece& piece;
+  int64_t head, t, rows, j, keys;
+};
+
+// Products of queries and keys, made logits where they lie.
 struct LogitBlock {
   int64_t steps;  // of 32 keys, at most
   Buffer<float> logits, bias;
@@ -48,23 +54,21 @@ struct LogitBlock {
 
   static Sums sums(Buffer<float>& of) { return {reinterpret_cast<std::byte*>(of.data()), 2, 1}; }
 
-  // Of `rows` queries from number t of the piece on with `count` keys from j on, of which `steps` times 32 are looked at.
-  void finish(const Problem<float>& p, const TileKernels& tiles, const Piece& piece, int64_t head, int64_t t, int64_t rows, int64_t j,
-              int64_t count, int64_t of_steps, int64_t query_tiles) {
-    const int64_t width = steps * tile_step;
+  void finish(const Problem<float>& p, const TileKernels& kernels, const Area& area, int64_t query_tiles) {
+    const int64_t width = steps * tile_step, of_steps = tiles_of(area.keys, tile_step);
     if (p.bias.given())
-      for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t i = 0; i < area.rows; ++i) {
+        const int64_t given = p.bias.one_for_all_keys() ? 1 : area.keys;
         float* to = bias.data() + i * width;
-        const char* from = p.bias.at(piece.b, head, t + i, j);
-        const bool one = p.bias.one_for_all_keys();
-        p.kernels.widen[p.bias.dtype](from, one ? 1 : count, 1.0f, one ? 1 : count, to);
-        if (one) std::fill_n(to, width, to[0]);
+        p.kernels.widen[p.bias.dtype](p.bias.at(area.piece.b, area.head, area.t + i, area.j), given, 1.0f, given, to);
+        if (p.bias.one_for_all_keys()) std::fill_n(to, width, to[0]);
       }
     int32_t seen[tile_queries] = {};
-    for (int64_t i = 0; i < rows; ++i) seen[i] = static_cast<int32_t>(p.seen(t + i, j, count));
-    const bool all = rows == query_tiles * tile_side && p.seen(t, j, count) >= of_steps * tile_step;  // the first query sees the fewest
-    tiles.logits(logits.data(), of_steps, query_tiles, static_cast<float>(p.scale), p.bias.given() ? bias.data() : nullptr, width,
-                 all ? nullptr : seen, highest);
+    for (int64_t i = 0; i < area.rows; ++i) seen[i] = static_cast<int32_t>(p.seen(area.t + i, area.j, area.keys));
+    // The first query sees the fewest, and those that only fill up a tile see none.
+    const bool all = area.rows == query_tiles * tile_side && seen[0] == of_steps * tile_step;
+    const LogitTerms terms{static_cast<float>(p.scale), p.bias.given() ? bias.data() : nullptr, width, all ? nullptr : seen};
+    kernels.logits(logits.data(), of_steps, query_tiles, terms, highest);
   }
 };
 

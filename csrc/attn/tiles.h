@@ -1,8 +1,8 @@
 // Attention in bf16 on matrix tiles: how operands lie in memory, and the inner loops as functions, a table of them for each
 // instruction set that has such tiles.
 //
-// Blocks of logits are transposed, (keys, queries): a lane of a vector is a query, so that the softmax needs no sum across lanes, and
-// weights and their gradients leave it as operands of the products that follow:
+// Blocks of logits are transposed, (keys, queries): a lane of a vector is a query, so that the softmax needs no sum across lanes,
+// and weights and their gradients leave it as operands of the products that follow:
 //   forward   S^T = K Q^T      O^T += V^T P^T
 //   backward  S^T = K Q^T     dP^T  = V dO^T     dV += P^T dO     dK += dS^T Q     dQ^T += K^T dS^T
 #pragma once
@@ -14,11 +14,11 @@
 
 namespace mmgen_kernels::attn {
 
-// A tile is 1 KiB: of a left operand (m, k) 16 rows of 32 bf16; of a right one (k, n) 16 pairs of rows by 16 columns, [k / 2][n][2];
-// of sums 16 rows of 16 fp32. What fills it up is 0. On one Xeon a product of two tiles takes 7.3 ns with 4, 8 or 32 numbers to
-// sum: 72 channels are 96 where they are summed and 80 where they are not.
+// A tile is 1 KiB: of a left operand (m, k) 16 rows of 32 bf16; of a right one (k, n) 16 pairs of rows by 16 columns,
+// [k / 2][n][2]; of sums 16 rows of 16 fp32. What fills it up is 0. On one Xeon a product of two tiles takes 7 ns with 2, 8, 16
+// or 32 numbers to sum, so that 72 channels are 96 where they are summed, without a narrower tile at the end.
 constexpr int64_t tile_side = 16, tile_step = 32, tile_bytes = 1024;
-constexpr int64_t tile_queries = 2 * tile_side;  // of a block of logits: two tiles of queries by two of keys are multiplied at a time
+constexpr int64_t tile_queries = 2 * tile_side;  // of a block of logits, as two tiles by two are multiplied at a time
 
 // A matrix as tiles; distances are counted in tiles: along its rows (left) or columns (right), and along what is summed.
 struct Operand {
@@ -33,6 +33,14 @@ struct Sums {
 struct Rows {
   char* data;
   int64_t stride, count, dim;
+};
+// What makes products logits: scale product + bias, and -inf for query i from key seen[i] on. bias (queries, keys) has rows of
+// `bias_row`; it and `seen` may be null.
+struct LogitTerms {
+  float scale;
+  const float* bias;
+  int64_t bias_row;
+  const int32_t* seen;
 };
 // What the softmax' derivative takes for each query of a block.
 struct QueryTerms {
@@ -60,10 +68,8 @@ struct TileKernels {
   // c = or += a b, in tiles
   void (*multiply)(int64_t rows, int64_t columns, int64_t steps, const Operand& a, const Operand& b, const Sums& c, bool add);
 
-  // sums -> logits: scale sum + bias; -inf for query i from key seen[i] on. bias is (queries, keys) with rows of `bias_row`; it and
-  // `seen` may be null. highest = the largest logit of each query.
-  void (*logits)(float* block, int64_t steps, int64_t query_tiles, float scale, const float* bias, int64_t bias_row, const int32_t* seen,
-                 float* highest);
+  // sums -> logits; highest = the largest of each query
+  void (*logits)(float* block, int64_t steps, int64_t query_tiles, const LogitTerms& terms, float* highest);
   // logits -> weights exp(logit - maximum) in bf16, a right operand with the keys summed whose tiles lie four apart; brings the
   // running maximum and sum of each query up to date. factor is what multiplies what was summed with the old maximum; returns
   // whether any is not 1.
@@ -71,7 +77,8 @@ struct TileKernels {
   // transposed sums [query / 16][channel / 16] *= factor of the query
   void (*rescale)(float* sums, int64_t channels, int64_t query_tiles, const float* factor);
   // logits -> weights, grad_weights -> gradients of the logits, as Kernels::differentiate does; rounded to bf16, or in place
-  void (*differentiate)(const float* logits, const float* grad_weights, int64_t steps, const QueryTerms& terms, const NarrowBlock& to);
+  void (*differentiate)(const float* logits, const float* grad_weights, int64_t steps, const QueryTerms& terms,
+                        const NarrowBlock& to);
   void (*differentiate_in_place)(float* logits, float* grad_weights, int64_t steps, const QueryTerms& terms);
   // a block -> (queries, keys) in rows of `row`
   void (*transpose)(const float* block, int64_t steps, float* to, int64_t row);

@@ -78,20 +78,11 @@ def attention(
     if packed:
         check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    arguments = (q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale, deterministic)
-    implementation = backends.choose(ATTENTION, FAMILY, q.device.type, stock_if_faster(*arguments))
-    out, lse = ATTENTION(implementation, *arguments)
+    implementation = backends.choose(ATTENTION, FAMILY, kind)
+    out, lse = ATTENTION(implementation, q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale, deterministic)
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return AttentionOutput(out, lse.to(reference.wide_dtype(q))) if return_lse else out
-
-
-def stock_if_faster(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale, deterministic) -> str | None:
-    """torch's kernel multiplies 16-bit floats on AMX's tiles, which our C++ does not: forward it takes 0.3 to 0.7 of our time from
-    256 x 256 on, and 1.1 of it at 63 x 63 (benchmarks/attention.py)."""
-    narrow = q.dtype == torch.bfloat16 or q.dtype == torch.float16
-    plain = bias is None and key_lengths is None and cu_seqlens_q is None
-    return "torch" if plain and narrow and q.device.type == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128 else None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,5 +124,4 @@ ATTENTION = library.define(
         "triton": ("mmgen_kernels.attn.triton_kernels:attention", "mmgen_kernels.attn.triton_kernels:attention_backward"),
         "torch": ("mmgen_kernels.attn.torch_kernels:attention", "mmgen_kernels.attn.torch_kernels:attention_backward"),
     },
-    prefer=stock_if_faster,
 )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmgen_kernels.backends import choice, run
+from mmgen_kernels.backends import run
 from mmgen_kernels.blocks.activation import FUSED
 
 Gradients = dict[str, Tensor | None]  # by the name of what they are of
@@ -77,10 +77,9 @@ def attend_backward(
     )
     if of_attended is None:
         return found
-    q, k, v = heads(qkv, of.num_heads)
     *grads, _ = run(
-        "attention_backward", "attn", of_attended.view(attended.shape), None, q, k, v, *seen(of)[:4], attended, lse,
-        *seen(of)[4:], True, True, True, False, by=choice("attention", "attn", q, k, v, *seen(of)),
+        "attention_backward", "attn", of_attended.view(attended.shape), None, *heads(qkv, of.num_heads), *seen(of)[:4],
+        attended, lse, *seen(of)[4:], True, True, True, False,
     )  # fmt: skip
     found["h"], found["qkv_weight"], found["qkv_bias"] = linear_backward(
         torch.stack(grads, 2).view(qkv.shape), h, of.qkv_weight, need["h"], need["qkv_weight"], need["qkv_bias"]

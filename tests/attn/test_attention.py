@@ -175,6 +175,18 @@ def test_gradient_of_a_bias_of_nothing(implementation, axes, empty):
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16))
+@pytest.mark.parametrize("low", (-1e4, -1e9, -3e38))
+def test_a_finite_mask_masks(ours, low, dtype):
+    """Model code writes a large number where it means -inf: no weight is left, and nothing overflows on the way there."""
+    t = CROSS(CPU, (dtype,))
+    mask = torch.zeros(1, 1, 40, 51)
+    mask[..., 20:] = low
+    expected = both(t | {"bias": mask.masked_fill(mask != 0, -torch.inf)})
+    for name, value in both(t | {"bias": mask}).items():
+        assert same_bits(value, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16))
 def test_logits_of_ten_thousand(implementation, dtype):
     t = CROSS.but(values=steep)(CPU, (dtype,))
     for name, value in both(t, scale=0.125).items():
@@ -209,11 +221,13 @@ def test_bits_of_a_sample(ours, causal, dtype):
         assert_same(both(cut, causal=causal), seen)
 
 
+@pytest.mark.parametrize("dtype", (FP32, BF16))
 @pytest.mark.parametrize("causal", (False, True))
-def test_a_packed_batch_has_the_bits_of_its_samples(ours, causal):
-    lengths_q, lengths_k = (1, 70, 5), (64, 66, 1)
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), (((1, 70, 5), (64, 66, 1)), ((17, 600, 40), (33, 300, 129))))
+def test_a_packed_batch_has_the_bits_of_its_samples(ours, lengths_q, lengths_k, causal, dtype):
     bounds = {n: torch.tensor([0, *v]).cumsum(0) for n, v in (("cu_seqlens_q", lengths_q), ("cu_seqlens_k", lengths_k))}
-    q, k, v = (randn(n, h, 72, seed=i).float() for i, (n, h) in enumerate(((76, 4), (131, 2), (131, 2))))
+    q = randn(sum(lengths_q), 4, 72, seed=0).to(dtype)
+    k, v = (randn(sum(lengths_k), 2, 72, seed=seed).to(dtype) for seed in (1, 2))
     packed = both({"q": q, "k": k, "v": v} | bounds, causal=causal)
     alone = [
         both({"q": a[None], "k": b[None], "v": c[None]}, causal=causal)

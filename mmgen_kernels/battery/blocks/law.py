@@ -48,7 +48,7 @@ POSITIONAL["dit_block"] = (
 def call(operator: str, t: Tensors, options: dict[str, Any]) -> Tensor:
     """The public function; of the activation, which has none, the operator."""
     if operator == "mlp_activation":
-        implementation = backends.choice(operator, "blocks", t["hidden"])
+        implementation = backends.choose(OPERATORS[operator], "blocks", t["hidden"].device.type)
         return OPERATORS[operator](implementation, t["hidden"], options["activation"])
     names = POSITIONAL[operator]
     named: dict[str, Any] = {n: v for n, v in t.items() if n not in names} | options
