@@ -150,7 +150,7 @@ def _warn_once(operator: Operator, device: str) -> None:
 
 
 def run(name: str, family: str, *args: Any) -> Any:
-    """An operator of another family by what serves the first argument's device, below autograd: for operators composed of others."""
+    """An operator by what serves the first argument's device, below autograd: for operators composed of others."""
     operator = OPERATORS[name]
     with torch.no_grad():
         return operator(choose(operator, family, args[0].device.type), *args)
