@@ -1,3 +1,4 @@
+// The inner loops of attn/tiles.h on AMX, and between the products on AVX-512.
 #include <immintrin.h>
 
 #include "attn/tiles.h"
@@ -136,7 +137,7 @@ void multiply(int64_t rows, int64_t columns, int64_t steps, const Operand& a, co
 // -- softmax
 
 // e^x for x near 0 or below, 2^-22 off, where bf16 keeps 2^-9; below the smallest normal number it is 0. NaN stays NaN.
-// Twelve instructions for the nineteen of simd::exponential, of which the forward would take a tenth more time.
+// Ten instructions where simd::exponential has eighteen: the softmax is a quarter to a third of the forward.
 __m512 weight_of(__m512 x) {
   const __m512 log2_e = _mm512_set1_ps(0x1.715476p0f), to_integer = _mm512_set1_ps(0x1.8p23f);
   const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, log2_e, to_integer), to_integer), f = _mm512_fmsub_ps(x, log2_e, n);

@@ -18,6 +18,8 @@ struct TiledChannels {
   explicit TiledChannels(int64_t dim) : steps(tiles_of(dim, tile_step)), tiles(tiles_of(dim, tile_side)) {}
 };
 
+// AMX has no product of fp16. Widened to fp32 it takes 0.94 to 1.1 of the time of torch's kernel forward and 0.35 to 0.75 with the
+// backward; so does bf16 with AVX-512 where torch, too, is kept from AMX (one Xeon, 128 to 1024 tokens).
 inline bool on_tiles(const Tensor& q) { return q.scalar_type() == ScalarType::BFloat16 && tile_kernels_of(selected()); }
 
 // Of a thread, while it has work on tiles.
