@@ -22,6 +22,13 @@ OF_MODELS = {
     "sandwich": (2304, 3072, 3840), "two": (1536, 2048, 2432), "autocast": (384, 768, 1024, 1152, 3072),
 }  # fmt: skip
 KERNELS = {"modulate_tokens", "backward_chunks", "sum_chunks"}
+# The widest rows with the most sums, which no model has: bytes a thread that backward_chunks spills in bf16 and in fp32 with Triton
+# 3.9. It has all 255 registers, and with 16 warps there would be but 128.
+WIDEST = {
+    ("affine", 5120, 80): (8, 0), ("affine", 5120, 90): (8, 40), ("affine", 5120, 100): (16, 32),
+    ("affine", 6144, 80): (48, 128), ("affine", 6144, 90): (88, 184), ("affine", 6144, 100): (72, 208),
+    ("two", 6144, 80): (0, 104), ("two", 6144, 90): (96, 160), ("two", 6144, 100): (64, 136),
+}  # fmt: skip
 
 
 def compiled(requests):
@@ -34,13 +41,15 @@ def compiled(requests):
     return zip(requests, map(json.loads, result.stdout.splitlines()), strict=True)
 
 
-def assert_good_code(requests):
+def assert_good_code(requests, spilled=0):
+    """`spilled`: bytes a thread, by backward_chunks."""
     found = list(compiled(requests))
     for request, kernels in found:
         assert {code["kernel"] for code in kernels} == KERNELS
         for code in kernels:
             where = f"{request}: {code}"
-            assert code["stack"] == 0 and code["spills"] == 0, where
+            expected = spilled if code["kernel"] == "backward_chunks" else 0
+            assert code["stack"] == expected and (code["spills"] > 0) == (expected > 0), where
             assert code["shared"] <= SHARED, where
             assert code["fused"] == 0, where
             assert code["registers"] * 32 * code["warps"] <= 65536, where
@@ -48,10 +57,11 @@ def assert_good_code(requests):
 
 
 def test_compiles_without_spills():
-    """Each operator and chip once, the widest row, and 1152 = 1024 + 128. The seam adds its rows in the order of `adaln`, or it
-    would not be bit for bit its two halves."""
+    """Each operator and chip once, the widest row, 1152 = 1024 + 128, and what needs a limit of its registers. The seam adds its
+    rows in the order of `adaln`, or it would not be bit for bit its two halves."""
     seam, adaln = ["gate_residual_adaln", "dit", 1152, "bfloat16", 90], ["adaln", "dit", 1152, "bfloat16", 90]
     others = [["gate_residual_adaln", "dit", 6144, "float32", 80], ["gate_residual", "dit", 3072, "bfloat16", 100]]
+    others += [["adaln", "table", 5120, "float32", 100], ["gate_residual_adaln", "sandwich", 2304, "bfloat16", 90]]
     found = assert_good_code([seam, adaln, *others])
     sums = found[tuple(seam)][0]["sums"]  # the mean, what its rounding left of it, the variance, each of two tiles
     assert len(sums) == 6 and sums == found[tuple(adaln)][0]["sums"]
@@ -76,3 +86,15 @@ def test_what_models_have_compiles_without_spills(configuration, capability):
     assert_good_code(
         [["gate_residual_adaln", configuration, d, dtype, capability] for d in OF_MODELS[configuration] for dtype in dtypes]
     )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", (0, 1), ids=("bfloat16", "float32"))
+@pytest.mark.parametrize(("configuration", "dim", "capability"), WIDEST)
+def test_the_widest_rows_spill_no_more_than_they_did(configuration, dim, capability, number):
+    """And no less: whoever makes them better says so here."""
+    expected = WIDEST[configuration, dim, capability][number]
+    request = ["gate_residual_adaln", configuration, dim, ("bfloat16", "float32")[number], capability]
+    assert_good_code([request], expected)
+    if expected:
+        pytest.xfail(f"{expected} bytes a thread")

@@ -15,6 +15,7 @@ from mmgen_kernels.modulation.triton_kernels.forward import Configuration
 from mmgen_kernels.modulation.triton_kernels.sums import chunks_of, owner, sum_partials
 from mmgen_kernels.modulation.triton_kernels.tiles import (
     activation,
+    chip,
     dense,
     divide,
     gate_slope,
@@ -49,6 +50,22 @@ def configuration(D: int) -> Configuration:
     lanes = lanes_of(tiles)
     rows = 1 << (min(32, max(1, 1536 // lanes)).bit_length() - 1)
     return Configuration(tiles, rows, 4 if rows * lanes <= 12 * 4 * 32 else 8)
+
+
+def register_limit(
+    c: Configuration, dtypes: set[torch.dtype], alone: bool, post_norm: str | None, capability: tuple[int, int]
+) -> dict[str, int]:
+    """Left to itself ptxas aims at 80 or 128 registers in these, and spills two; told of 128 it needs no more (Triton 3.9).
+
+    `alone`, a norm with at most two sums and nothing else to write: in fp32 105 registers at D = 1536 and all at 5120, 20 values a
+    thread, where a third sum, a token's own gradients, or bf16 gradients would not fit. With a norm of the update: all at D = 2304,
+    9 values a thread.
+    """
+    values = c.rows * lanes_of(c.tiles) // (32 * c.num_warps)  # that a thread has of a row
+    norm = alone and dtypes == {torch.float32} and values <= 20 and capability >= (10, 0)
+    sandwich = post_norm is not None and c.num_warps == 8 and values <= 9 and capability >= (9, 0)
+    sandwich = sandwich and dtypes <= {torch.bfloat16, torch.float16}
+    return {"maxnreg": 128} if norm or sandwich else {}
 
 
 @triton.jit
@@ -283,6 +300,8 @@ def launch(
     slots = tuple(summed.index(name) if name in summed else -1 for name in SUMMED)
     wide = is_wide(grad_residual if x is None else x)
     c = configuration(D)
+    dtypes = {tensor.dtype for tensor in (grad_residual, grad_modulated, x, y) if tensor is not None}
+    limit = register_limit(c, dtypes, y is None and not own and len(summed) <= 2, post_norm, chip(like.device))
     chunks = chunks_of(vectors, rows, B, T, c.rows)
     partials = like.new_empty((chunks.number, len(summed), D), dtype=torch.float64 if wide else torch.float32)
     with on(like):
@@ -295,7 +314,7 @@ def launch(
             B * T, T, D, chunks.segment, chunks.pieces, chunks.length,
             GATE_FN=gate_fn, POST_NORM=post_norm, NORM=norm, KINDS=kinds,
             TABLE_ROWS=tuple(given.index(name) if name in given else 0 for name in VECTORS), SLOTS=slots, SLOT_COUNT=len(summed),
-            WIDE=wide, **c.constants(), **c.options(),
+            WIDE=wide, **c.constants(), **c.options(), **limit,
         )  # fmt: skip
         wanted = []
         for slot, name in enumerate(summed):

@@ -8,6 +8,7 @@ Kernels take the tiles as a constexpr, ((start, width), ...). Addresses are 64-b
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 
 import torch
@@ -37,6 +38,12 @@ def lanes_of(tiles: tuple[tuple[int, int], ...]) -> int:
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def chip(device: torch.device) -> tuple[int, int]:
+    """Compute capability. The interpreter plays an sm_90."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def two_floats(value: float) -> tuple[float, float]:
