@@ -1,7 +1,10 @@
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "vq"))
 
 # Allocations of the kernels' tests are poisoned; training runs and benchmarks have their own folders and are left alone.
 UNPOISONED = ("mmgen", "benchmarks")
@@ -16,6 +19,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="module")
+def process():
+    """In which TRITON_INTERPRET is set, so that Triton kernels run on CPU tensors."""
+    from triton_interpreter import interpreting_pool
+
+    with interpreting_pool() as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)

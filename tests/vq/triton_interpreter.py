@@ -18,20 +18,26 @@ import torch
 import mmgen_kernels as mk
 
 
+def interpreting_pool():
+    """One process, whatever the caller's own environment says."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
+        assert pool.submit(is_interpreted).result()
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+    return pool
+
+
 class Interpreter:
     """Used as mk.nearest_code is, by the Triton kernels."""
 
     def __init__(self):
-        before = os.environ.get("TRITON_INTERPRET")
-        os.environ["TRITON_INTERPRET"] = "1"
-        try:
-            self.pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
-            assert self.pool.submit(is_interpreted).result()
-        finally:
-            if before is None:
-                del os.environ["TRITON_INTERPRET"]
-            else:
-                os.environ["TRITON_INTERPRET"] = before
+        self.pool = interpreting_pool()
 
     def nearest_code(self, x, codebook, **options):
         request = io.BytesIO()
