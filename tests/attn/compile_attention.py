@@ -91,16 +91,17 @@ def facts(configuration, dim, dtype, capability):
     triton_kernels.attention_backward(out, grad_lse, *given, out, lse, *last, True, True, True, bias is not None)
     for code in found:
         code["kernel"] = code["kernel"].removeprefix("attention_")
-        c = configuration_of(code["kernel"], dtype, dim, chip)
+        c = configuration_of(code["kernel"], dtype, dim, chip, bias is not None, bounds is not None)
         code["useful"] = PRODUCTS[code["kernel"]] * c.block_m * c.block_n * dim
         code["loops"] = [loop * code["warps"] // (4 if capability == 90 else 1) for loop in code["loops"]]
     return found
 
 
-def configuration_of(kernel, dtype, dim, chip):
+def configuration_of(kernel, dtype, dim, chip, bias, packed):
     from mmgen_kernels.attn.triton_kernels import configuration
 
-    return getattr(configuration, f"{kernel.removeprefix('backward_')}_configuration")(dtype, dim, chip)
+    further = {"forward": (bias,), "backward_queries": (bias, packed)}.get(kernel, ())
+    return getattr(configuration, f"{kernel.removeprefix('backward_')}_configuration")(dtype, dim, chip, *further)
 
 
 KERNELS = {

@@ -94,7 +94,7 @@ def attention_backward(
                 T, S, H, H // G, B * G, *floats, **constants, **c.constants(), **c.options(),
             )  # fmt: skip
         else:
-            c = queries_configuration(*at)
+            c = queries_configuration(*at, bias is not None, cu_seqlens_q is not None)
             tiles = number_of_tiles(T, c.block_m, cu_seqlens_q)
             attention_backward_queries[(B * H * tiles,)](
                 *inputs, key_lengths, *bounds, *upstream, lse, grad_lse, delta, out, grad_q if needs[0] else None, *new_q,

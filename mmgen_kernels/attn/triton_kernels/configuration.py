@@ -3,7 +3,9 @@
 A thread has 255 registers, and what does not fit them is spilled. The figures are those of Triton 3.9, registers a thread. No size
 depends on a number of queries, keys, heads or samples. Tiles of 64 queries waste least at T = 257, where tiles of 128 would compute
 384 rows and these 320, and are what one warpgroup of 4 warps multiplies at a time on sm_90; with 8 warps and 64 rows the second
-warpgroup would repeat the work of the first.
+half of the warps would repeat the work of the first where one product goes into another, on sm_80 too.
+
+Whether there is a bias, or a packed batch, may decide as well: of a packed batch what changes no bit, the number of stages alone.
 """
 
 from __future__ import annotations
@@ -33,22 +35,29 @@ def chip(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def forward_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
+def forward_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int], bias: bool = False) -> Configuration:
     if dtype == torch.float32:  # multiplied by FMA: 72 registers at D = 72, 194 at 128
         return Configuration(32, 32, 8, 1)
-    if D > 192:  # 64 KiB of keys and values a stage; 246 registers at D = 256, where 64 keys spill
+    # 64 KiB of keys and values a stage at D = 256, and 246 registers, where 64 keys spill. A bias has as many values as there are
+    # weights, and an address for each: with 64 keys 80 bytes a thread spill at D = 128 for sm_90, 32 take 248 registers
+    if D > 192 or (bias and (D > 96 or capability < (9, 0))):
         return Configuration(64, 32, 4, 2)
-    # sm_90: 154 registers and 68 KiB at D = 72, three blocks a multiprocessor; 172 and 113 KiB at 128, two
+    # sm_90: 154 registers and 68 KiB at D = 72, three blocks a multiprocessor; 175 and 113 KiB at 128, two
     return Configuration(64, 64, 4, 3 if D <= 128 else 2)
 
 
-def queries_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
+def queries_configuration(
+    dtype: torch.dtype, D: int, capability: tuple[int, int], bias: bool = False, packed: bool = False
+) -> Configuration:
     if dtype == torch.float32:
         return Configuration(32, 32, 8, 2)
-    if capability < (9, 0):  # operands are in registers here: 4 warps spill from D = 64 on
-        return Configuration(64, 64, 8, 2)
-    # sm_90: 176 registers at D = 72; 64 keys spill from D = 160 on, 32 take 236 at 192
-    return Configuration(64, 64 if D <= 128 else 32, 4, 2)
+    if capability < (9, 0):  # operands are in registers here: 32 keys take all 255 at D = 72, and of a bias 32 spill 240 bytes
+        return Configuration(64, 16 if bias else 32, 4, 2) if D <= 128 else Configuration(64, 64, 8, 2)
+    # sm_90: 176 registers at D = 72; 64 keys spill from D = 160 on, 32 take 236 at 192. With a bias 64 spill at D = 96, 8 bytes
+    block_n = 32 if D > 128 or (bias and D > 80) else 64
+    # a packed tile's bounds are in registers: at D = 128 prefetch would spill 56 bytes, without it 223 registers are enough
+    prefetch = not (packed and 96 < D <= 128 and capability < (10, 0))
+    return Configuration(64, block_n, 4, 2 if prefetch else 1)
 
 
 def keys_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
@@ -56,10 +65,10 @@ def keys_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) 
     if dtype == torch.float32:
         return Configuration(32, 32, 8, 2)
     if capability < (9, 0):
-        return Configuration(64 if D <= 80 else 32, 64, 8, 2)
+        return Configuration(32, 64, 4 if D <= 128 else 8, 2)
     if D > 128:  # both warpgroups compute the same weights, and each has half of the sums: 252 registers at D = 256
         return Configuration(32, 64, 8, 1 if D > 192 else 2)
-    # sm_90: 237 registers at D = 72; 64 queries spill from D = 96 on, 32 take 212 there and 247 at 128
+    # sm_90: 227 registers at D = 72; 64 queries spilled from D = 96 on, 32 take 180 there and 226 at 128
     return Configuration(64 if D <= 80 else 32, 64, 4, 2)
 
 
@@ -80,8 +89,11 @@ def short_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int])
 
 
 def bias_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
-    """Without prefetch: of four tiles a step it would take 48 bytes a thread more than there are at D = 72."""
-    return Configuration(32, 32, 8, 1) if dtype == torch.float32 else Configuration(64, 64, 4, 1)
+    """Without prefetch: of four tiles a step it would take 48 bytes a thread more than there are at D = 72. 4 warps spill 128 bytes
+    at D = 128 for sm_90, and 56 at D = 72 for sm_80."""
+    if dtype == torch.float32:
+        return Configuration(32, 32, 8, 1)
+    return Configuration(64, 64, 8 if D > 96 or capability < (9, 0) else 4, 1)
 
 
 def resident_programs(device: torch.device) -> int:

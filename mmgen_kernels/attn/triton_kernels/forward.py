@@ -171,7 +171,7 @@ def attention(
         return out, lse
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     unit = unit_of(q, k, v, out)
-    c = forward_configuration(q.dtype, D, chip(q.device))
+    c = forward_configuration(q.dtype, D, chip(q.device), bias is not None)
     tiles = number_of_tiles(T, c.block_m, cu_seqlens_q)
     with on(q):
         attention_forward[(B * H * tiles,)](
