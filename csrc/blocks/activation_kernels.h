@@ -17,13 +17,15 @@ struct Activations {
   static constexpr int W = Lanes::width;
   static constexpr Real linear = static_cast<Real>(-1.59576912160573071176), cubic = linear * static_cast<Real>(0.044715);  // of -2u
 
-  // sigmoid(u), and 1 - sigmoid(u) without the difference, whose rounding an x of 3 would show eight times
+  // sigmoid(u), and 1 - sigmoid(u) without the difference, whose rounding an x of 3 would show eight times. Where e^-u overflows they
+  // are 0 and 1: what is left of a bounded exponential would be multiplied by slopes without bound.
   struct Sigmoid {
+    static constexpr Real most = sizeof(Real) == sizeof(double) ? 700 : 88;
     Vec at, rest;
     explicit Sigmoid(Vec minus_u) {
-      const Vec e = simd::exponential<Lanes>(minus_u);
-      at = Real(1) / (e + Real(1));
-      rest = e * at;
+      const Vec e = simd::exponential<Lanes>(minus_u), part = Real(1) / (e + Real(1));
+      at = minus_u > most ? Vec{} : part;
+      rest = minus_u > most ? Lanes::broadcast(Real(1)) : e * part;
     }
   };
 

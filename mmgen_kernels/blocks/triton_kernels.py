@@ -8,7 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # 8 results a thread of 4 warps: 16 bytes of bf16 in one load
-TWO_U, CUBIC = tl.constexpr(1.59576912160573071176), tl.constexpr(0.044715)  # of gelu_tanh(x) = x sigmoid(2 u)
+
+
+@triton.jit
+def two_u(x):
+    """Of gelu_tanh(x) = x sigmoid(2 u): 2 sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return x * (x * x * 0.07135481627260025 + 1.5957691216057308)
+
+
+@triton.jit
+def slope_of_two_u(x):
+    return x * x * 0.21406444881780076 + 1.5957691216057308
 
 
 @triton.jit
@@ -24,12 +34,12 @@ def activation_forward(hidden, activated, width, parts, GATED: tl.constexpr, WID
     row = (tl.program_id(0) // parts).to(tl.int64)
     at = (tl.program_id(0) % parts).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     there = at < width
-    x = tl.load(hidden + row * width * (2 if GATED else 1) + at, there, other=0).to(WIDE)
+    x = tl.load(hidden + row * width * (2 if GATED else 1) + at, there, other=0.0).to(WIDE)
     if GATED:
         s, _ = sigmoid(x)
-        y = x * s * tl.load(hidden + (2 * row + 1) * width + at, there, other=0).to(WIDE)
+        y = x * s * tl.load(hidden + (2 * row + 1) * width + at, there, other=0.0).to(WIDE)
     else:
-        s, _ = sigmoid(TWO_U * x * (1 + CUBIC * x * x))
+        s, _ = sigmoid(two_u(x))
         y = x * s
     tl.store(activated + row * width + at, y.to(activated.dtype.element_ty), there)
 
@@ -41,22 +51,21 @@ def activation_backward(
     row = (tl.program_id(0) // parts).to(tl.int64)
     at = (tl.program_id(0) % parts).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     there = at < width
-    g = tl.load(grad + row * width + at, there, other=0).to(WIDE)
+    g = tl.load(grad + row * width + at, there, other=0.0).to(WIDE)
     if GATED:
-        x = tl.load(hidden + 2 * row * width + at, there, other=0).to(WIDE)
-        v = tl.load(hidden + (2 * row + 1) * width + at, there, other=0).to(WIDE)
+        x = tl.load(hidden + 2 * row * width + at, there, other=0.0).to(WIDE)
+        v = tl.load(hidden + (2 * row + 1) * width + at, there, other=0.0).to(WIDE)
         s, rest = sigmoid(x)
         y = x * s * v
         of_x = g * v * s * (1 + x * rest)
         tl.store(grad_hidden + 2 * row * width + at, of_x.to(grad_hidden.dtype.element_ty), there)
         tl.store(grad_hidden + (2 * row + 1) * width + at, (g * x * s).to(grad_hidden.dtype.element_ty), there)
     else:
-        x = tl.load(hidden + row * width + at, there, other=0).to(WIDE)
-        s, rest = sigmoid(TWO_U * x * (1 + CUBIC * x * x))
+        x = tl.load(hidden + row * width + at, there, other=0.0).to(WIDE)
+        s, rest = sigmoid(two_u(x))
         y = x * s
-        slope = TWO_U * (1 + 3 * CUBIC * x * x)
         # where the function is a line to the last bit, an infinite slope must not make 0 * Inf of it
-        of_x = g * (s + tl.where(y * rest == 0, 0.0, y * rest * slope))
+        of_x = g * (s + tl.where(y * rest == 0, 0.0, y * rest * slope_of_two_u(x)))
         tl.store(grad_hidden + row * width + at, of_x.to(grad_hidden.dtype.element_ty), there)
     tl.store(activated + row * width + at, y.to(activated.dtype.element_ty), there)
 
