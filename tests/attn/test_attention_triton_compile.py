@@ -15,10 +15,32 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 LONG = ["forward", "backward_queries", "backward_keys"]
-# Seen to spill with Triton 3.9, bytes a thread: at D = 72 keys with a bias (336) and keys of packed batches (136), sm_80 at D <= 96
-# (40 to 144), sm_100 keys at D = 128 (200), queries at D = 256 (88), fp32 queries (16). They are right, and could be faster.
-SPILLS = pytest.mark.xfail(reason="some of these spill", strict=False)
-WAYS = ("long", "short", "causal", "lengths", pytest.param("bias", marks=SPILLS), pytest.param("packed", marks=SPILLS))
+WAYS = ("long", "short", "causal", "lengths", "bias", "packed")
+# Bytes a thread that are spilled with Triton 3.9, by kernel. They are right, and could be faster.
+SPILLS = {
+    ("causal", 72, "bfloat16", 80): {"backward_keys": 16},
+    ("bias", 72, "bfloat16", 80): {"backward_keys": 16},
+    ("bias", 96, "bfloat16", 80): {"backward_bias": 8},
+    ("bias", 128, "bfloat16", 80): {"backward_keys": 8},
+    ("long", 96, "bfloat16", 80): {"backward_queries": 48},
+    ("packed", 96, "bfloat16", 80): {"backward_queries": 48, "backward_keys": 16},
+    ("long", 128, "bfloat16", 80): {"backward_keys": 24},
+    ("packed", 128, "bfloat16", 80): {"backward_keys": 24},
+    ("long", 256, "bfloat16", 90): {"backward_queries": 88},
+    ("long", 72, "float32", 90): {"backward_queries": 8},
+    ("long", 128, "float32", 90): {"backward_queries": 344},
+}  # fmt: skip
+# Not read since their tiles changed, (way, D, capability): whoever reads one moves it to SPILLS, or just away from here.
+UNREAD = {(way, dim, 100) for way in WAYS for dim in (64, 96)}
+UNREAD |= {("lengths", dim, 80) for dim in (64, 96, 128)} | {("causal", 96, 80)}
+UNREAD |= {("long", dim, 90) for dim in (8, 24, 40, 80, 88, 160, 192)}
+UNREAD |= {("long", dim, 80) for dim in (8, 24, 40, 80, 88, 160, 192, 256)}
+UNREAD |= {("float32", 256, 90)}
+NOT_READ = pytest.mark.xfail(reason="not read since its tiles changed", strict=False)
+
+
+def cell(*of):
+    return pytest.param(*of[:-1], marks=NOT_READ) if of[-1] in UNREAD else pytest.param(*of[:-1])
 
 
 def compiled(requests):
@@ -35,17 +57,34 @@ def assert_good_code(requests):
     found = list(compiled(requests))
     for request, kernels in found:
         name, dim, dtype, capability = request
-        expected = ["forward", "backward_short"] if name == "short" and dim <= 80 and capability >= 90 else LONG
+        expected = ["forward", "backward_short"] if is_short(name, dim, capability) else LONG
         assert [code["kernel"] for code in kernels] == ([*expected, "backward_bias"] if name == "bias" else expected)
+        spilled = {code["kernel"]: code["stack"] for code in kernels if code["stack"] or code["spills"]}
+        assert spilled == spills_of(*request), request
         for code in kernels:
             where = f"{request}: {code}"
-            assert code["stack"] == 0 and code["spills"] == 0, where
             assert code["shared"] <= SHARED[capability], where
             assert code["registers"] * 32 * code["warps"] <= 65536, where
             assert (MATRIX[capability] in code["instructions"]) == (dtype != "float32"), where
             if capability == 90:
                 assert "HMMA" not in code["instructions"], where
     return {tuple(request): {code["kernel"]: code for code in kernels} for request, kernels in found}
+
+
+def is_short(name, dim, capability):
+    """Whether one kernel makes all gradients."""
+    return name == "short" and dim <= 80 and capability >= 90
+
+
+def spills_of(name, dim, dtype, capability):
+    way = "long" if name == "short" and not is_short(name, dim, capability) else name
+    return SPILLS.get((way, dim, dtype, capability), {})
+
+
+def tell_of_spills(requests):
+    """What is known to spill has spilled so many bytes, no more and no less, and is no success yet."""
+    if known := {tuple(request): spills_of(*request) for request in requests if spills_of(*request)}:
+        pytest.xfail(f"bytes a thread: {known}")
 
 
 def test_compiles_without_spills():
@@ -66,28 +105,32 @@ def test_compiles_without_spills():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("capability", (pytest.param(80, marks=SPILLS), 90, pytest.param(100, marks=SPILLS)))
-@pytest.mark.parametrize("dim", (64, 72, 96, 128))
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    ("name", "dim", "capability"), [cell(w, d, c, (w, d, c)) for w in WAYS for d in (64, 72, 96, 128) for c in (80, 90, 100)]
+)
 def test_each_way_compiles_without_spills(name, dim, capability):
-    dtype = "float16" if name == "lengths" else "bfloat16"
-    found = assert_good_code([[name, dim, dtype, capability]])
+    request = [name, dim, "float16" if name == "lengths" else "bfloat16", capability]
+    found = assert_good_code([request])
     if capability != 100 and dim == 72:
-        for code in found[name, dim, dtype, capability].values():
+        for code in found[tuple(request)].values():
             if code["kernel"] != "backward_bias":  # it contracts alone: 80 of 72
                 assert all(loop <= 1.10 * code["useful"] for loop in code["loops"]), code
+    tell_of_spills([request])
 
 
 @pytest.mark.long
-@SPILLS
-@pytest.mark.parametrize("capability", (80, 90))
-@pytest.mark.parametrize("dim", (8, 24, 40, 80, 88, 160, 192, 256))
+@pytest.mark.parametrize(
+    ("dim", "capability"), [cell(d, c, ("long", d, c)) for d in (8, 24, 40, 80, 88, 160, 192, 256) for c in (80, 90)]
+)
 def test_every_kind_of_head_compiles_without_spills(dim, capability):
-    assert_good_code([["long", dim, "bfloat16", capability], ["short", dim, "bfloat16", capability]])
+    requests = [[name, dim, "bfloat16", capability] for name in ("long", "short")]
+    assert_good_code(requests)
+    tell_of_spills(requests)
 
 
 @pytest.mark.long
-@SPILLS
-@pytest.mark.parametrize("dim", (64, 72, 128, 256))
+@pytest.mark.parametrize("dim", [cell(d, ("float32", d, 90)) for d in (64, 72, 128, 256)])
 def test_fp32_compiles_without_spills(dim):
-    assert_good_code([["long", dim, "float32", 90]])
+    requests = [["long", dim, "float32", 90]]
+    assert_good_code(requests)
+    tell_of_spills(requests)
