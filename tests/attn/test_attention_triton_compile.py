@@ -23,6 +23,7 @@ SPILLS = {
     ("bias", 96, "bfloat16", 80): {"backward_bias": 8},
     ("bias", 128, "bfloat16", 80): {"backward_keys": 8},
     ("long", 96, "bfloat16", 80): {"backward_queries": 48},
+    ("causal", 96, "bfloat16", 80): {"backward_queries": 64},
     ("packed", 96, "bfloat16", 80): {"backward_queries": 48, "backward_keys": 16},
     ("long", 128, "bfloat16", 80): {"backward_keys": 24},
     ("packed", 128, "bfloat16", 80): {"backward_keys": 24},
@@ -32,7 +33,7 @@ SPILLS = {
 }  # fmt: skip
 # Not read since their tiles changed, (way, D, capability): whoever reads one moves it to SPILLS, or just away from here.
 UNREAD = {(way, dim, 100) for way in WAYS for dim in (64, 96)}
-UNREAD |= {("lengths", dim, 80) for dim in (64, 96, 128)} | {("causal", 96, 80)}
+UNREAD |= {("lengths", dim, 80) for dim in (64, 96, 128)}
 UNREAD |= {("long", dim, 90) for dim in (8, 24, 40, 80, 88, 160, 192)}
 UNREAD |= {("long", dim, 80) for dim in (8, 24, 40, 80, 88, 160, 192, 256)}
 UNREAD |= {("float32", 256, 90)}
