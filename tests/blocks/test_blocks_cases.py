@@ -3,11 +3,12 @@
 import battery_cases
 import pytest
 
+from mmgen_kernels.battery.blocks import BLOCKS
 from mmgen_kernels.library import OPERATORS
 
 
 @pytest.mark.unpoisoned  # deterministic algorithms would hide an operator that is not repeatable
-@pytest.mark.parametrize(("case", "dtypes", "implementation"), [*battery_cases.parameters("blocks")])
+@pytest.mark.parametrize(("case", "dtypes", "implementation"), [*battery_cases.parameters("blocks", halved=BLOCKS)])
 def test_case(case, dtypes, implementation):
     battery_cases.check(case, dtypes, implementation)
 
