@@ -2,6 +2,7 @@
 
 from mmgen_kernels import backends, nn
 from mmgen_kernels.attn.ops import AttentionOutput, attention
+from mmgen_kernels.attn.qk_norm_rope import qk_norm_rope, rope_table
 from mmgen_kernels.backends import backend_report, use_backend
 from mmgen_kernels.blocks.ema import update_ema
 from mmgen_kernels.blocks.ops import adaln_attention, adaln_mlp, dit_block
@@ -52,8 +53,10 @@ __all__ = [
     "philox_integers",
     "philox_normal",
     "philox_uniform",
+    "qk_norm_rope",
     "replace_dead_codes_",
     "residual_quantize",
+    "rope_table",
     "update_codebook_ema_",
     "update_ema",
     "use_backend",

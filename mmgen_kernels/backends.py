@@ -40,7 +40,7 @@ BY_NAME_ONLY = {
 # property of an operator, takes 1.9 and 1.3 times as long. docs/modulation.md has the figures.
 STEPS_ASIDE = {
     (name, "cuda"): "Inductor fuses the reference; the Triton kernel is not yet measured against it"
-    for name in ("adaln", "gate_residual", "gate_residual_adaln")
+    for name in ("adaln", "gate_residual", "gate_residual_adaln", "qk_norm_rope")
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from mmgen_kernels.checks import check_device, check_floats, check_number
+from mmgen_kernels.checks import check_choice, check_device, check_floats, check_number
 
 FAMILY = "attn"
+NORMS = ("rms", "layer")
 MAX_HEAD_DIM = 256
 
 
@@ -87,3 +90,63 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     check_number("scale", scale)
     return float(scale)
+
+
+def check_qk(q: Tensor, k: Tensor) -> None:
+    check_floats("q", q)
+    if not isinstance(k, Tensor) or k.dtype != q.dtype:
+        raise TypeError(f"k must have q's dtype {q.dtype}, got {getattr(k, 'dtype', type(k).__name__)}")
+    check_device("k", k, "q", q)
+    if q.dim() != 4 or q.shape[2] < 1 or q.shape[3] < 1:
+        raise ValueError(f"q must be (B, T, H, D) with H and D at least 1, got shape {tuple(q.shape)}")
+    B, _, _, D = q.shape
+    if k.dim() != 4 or k.shape[0] != B or k.shape[2] < 1 or k.shape[3] != D:
+        raise ValueError(f"k must be ({B}, S, G, {D}) with G at least 1, got shape {tuple(k.shape)}")
+
+
+def check_norm(norm: str | None, across_heads: bool, eps: float) -> None:
+    if norm is not None:
+        check_choice("norm", norm, NORMS)
+    elif across_heads:
+        raise ValueError("across_heads must be False without a norm, got norm=None")
+    check_number("eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+
+
+def check_affine(name: str, parameter: Tensor | None, x: Tensor, norm: str | None, across_heads: bool) -> None:
+    if parameter is None:
+        return
+    check_floats(name, parameter)
+    if norm is None:
+        raise ValueError(f"{name} needs a norm, got norm=None")
+    width = x.shape[2] * x.shape[3] if across_heads else x.shape[3]
+    if parameter.dim() != 1 or parameter.shape[0] != width:
+        what = "H D, across heads" if across_heads else "D, shared by the heads"
+        raise ValueError(f"{name} must be ({width},), {what}, got shape {tuple(parameter.shape)}")
+    check_device(name, parameter, "q", x)
+
+
+def check_table(cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor) -> None:
+    if cos is None or sin is None:
+        if (cos is None) != (sin is None):
+            missing = "cos" if cos is None else "sin"
+            raise ValueError(f"{missing} must be given where the other is, got None")
+        return
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_floats(name, table)
+        check_device(name, table, "q", q)
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, as qk_norm_rope has none for it: pass {name}.detach()")
+    if sin.dtype != cos.dtype:
+        raise TypeError(f"sin must have cos's dtype {cos.dtype}, got {sin.dtype}")
+    B, T, _, D = q.shape
+    if k.shape[1] != T:
+        raise ValueError(f"k must have q's {T} tokens where cos and sin are given, got {k.shape[1]}")
+    if cos.dim() not in (2, 3) or cos.shape[-2] != T or (cos.dim() == 3 and cos.shape[0] != B) or not 2 <= 2 * cos.shape[-1] <= D:
+        raise ValueError(
+            f"cos must be ({T}, P) or ({B}, {T}, P), an angle for each of P pairs of channels, P from 1 to {D // 2},"
+            f" got shape {tuple(cos.shape)}; of a table that holds each angle twice pass cos[..., ::2] or the first half"
+        )
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")

@@ -1,4 +1,4 @@
-"""The family in plain PyTorch: oracle of the tests, fallback on every device, baseline of the benchmarks.
+"""attention in plain PyTorch.
 
 q is (B, T, H, D), k and v are (B, S, G, D) with G a divisor of H: head h reads keys of head h // (H / G). A packed batch is one
 sample, B = 1, whose sequences `cu_seqlens_q` and `cu_seqlens_k` (C + 1,) bound. bias is (1 or B, 1 or H, 1 or T, 1 or S).
