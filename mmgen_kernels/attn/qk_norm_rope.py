@@ -30,20 +30,21 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Normalizes queries and keys and turns them by their positions, between the projection and the attention, in one pass.
 
-    ``n(x) = weight * x / sqrt(mean(x^2) + eps) + bias`` ("rms"), or ``weight * (x - mean) / sqrt(var + eps) + bias`` ("layer"), over the
-    D channels of each head or over the H D of all. Then each pair (a, b) of the first 2P channels of a head becomes
+    ``n(x) = weight * x / sqrt(mean(x^2) + eps) + bias`` ("rms"), or ``weight * (x - mean) / sqrt(var + eps) + bias`` ("layer"),
+    over the D channels of each head or over the H D of all. Then each pair (a, b) of the first 2P channels of a head becomes
     ``(a cos - b sin, b cos + a sin)`` with the angle of its token and pair; the rest passes.
 
     Args:
-        q: (B, T, H, D), fp64, fp32, bf16 or fp16. Strides are free but for the last: views of a packed projection are read in place.
+        q: (B, T, H, D), fp64, fp32, bf16 or fp16. Strides are free but for the last: views of a packed projection are read in
+            place.
         k: (B, S, G, D), q's dtype; S = T where there are angles.
         norm: "rms", "layer", or None for the rotation alone.
         q_weight, k_weight, q_bias, k_bias: (D,), across heads (H D,) and (G D,); any float dtype.
         across_heads: one norm for all channels of a token, as Wan and LTX have it.
         eps: added to the variance.
-        cos, sin: (T, P) or (B, T, P) with 2P <= D, any float dtype, best fp32, and any strides: a column for each pair. `rope_table`
-            makes them. Tokens that are not turned, as the text in FLUX, have cos 1 and sin 0. They have no gradient: tables that
-            require one are refused.
+        cos, sin: (T, P) or (B, T, P) with 2P <= D, any float dtype, best fp32, and any strides: a column for each pair.
+            `rope_table` makes them. Tokens that are not turned, as the text in FLUX, have cos 1 and sin 0. They have no gradient:
+            tables that require one are refused.
         interleaved: pairs are channels (2i, 2i + 1) as in FLUX, Wan and LTX; otherwise (i, i + P), as in LLaMA and GPT-NeoX.
 
     Returns:
@@ -53,17 +54,18 @@ def qk_norm_rope(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes. Values never raise.
 
-    Tables that hold each angle twice are taken as views. Of diffusers' ``get_1d_rotary_pos_embed(use_real=True)``, (T, R): ``cos[:, ::2]``
-    where it repeats neighbours (`repeat_interleave_real`, with ``interleaved=True``), else ``cos[:, : R // 2]``; of complex ``freqs_cis``:
-    ``freqs_cis.real`` and ``.imag``. Of timm's ``RotaryEmbeddingCat.get_embed()``: ``sin, cos = embed[..., ::2].chunk(2, -1)``, with
-    ``interleaved=True``. Where angles differ from head to head (LTX), q is one head of all channels: ``q.flatten(2).unsqueeze(2)``.
+    Tables that hold each angle twice are taken as views. Of diffusers' ``get_1d_rotary_pos_embed(use_real=True)``, (T, R), take
+    ``cos[:, ::2]`` and ``interleaved=True`` where it repeats neighbours (`repeat_interleave_real`), else ``cos[:, : R // 2]``; of
+    complex ``freqs_cis`` its ``.real`` and ``.imag``; of timm's ``RotaryEmbeddingCat.get_embed()``, with ``interleaved=True``,
+    ``sin, cos = embed[..., ::2].chunk(2, -1)``. Where angles differ from head to head (LTX), q is one head of all channels:
+    ``q.flatten(2).unsqueeze(2)``.
 
     Under autocast nothing is cast: q and k keep their dtype, and weights and tables are read as they are, in fp32 as a rule.
 
-    NaN: a NaN in a row of the norm (a head's channels, across heads a token's) makes that row NaN; an Inf makes it NaN too, but that rms
-        leaves 0 of the finite numbers beside it that share no pair with one. Other rows keep their bits.
+    NaN: a NaN in a row of the norm (a head's channels, across heads a token's) makes that row NaN; so does an Inf, but that rms
+        leaves 0 (and then the bias) of the finite numbers beside it that share no pair with one. Other rows keep their bits.
 
-    Source: Su et al., RoFormer, 2021; Henry et al., Query-Key Normalization for Transformers, 2020; Zhang and Sennrich, RMSNorm, 2019.
+    Source: Su et al., RoFormer, 2021; Henry et al., Query-Key Normalization for Transformers, 2020.
     """
     check_qk(q, k)
     check_norm(norm, across_heads, eps)
@@ -82,7 +84,7 @@ def rope_table(
     """cos and sin for `qk_norm_rope`: the angle of pair i of an axis is ``position * theta^(-2i / dim)``.
 
     Args:
-        positions: (..., T, A), integers or floats: where each token is on each of A axes. FLUX's are (T, 3), Wan's frame, row and column.
+        positions: (..., T, A), integers or floats: where each token is on each of A axes, such as frame, row and column.
         dims: channels for each axis, even numbers: (16, 56, 56) in FLUX. Their sum is what is turned of a head.
         theta: the base of the frequencies, one for all axes or one each.
         dtype: of the result. Angles and their functions are computed in fp64.
@@ -93,7 +95,7 @@ def rope_table(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
 
-    Source: Su et al., RoFormer, 2021, section 3.3; several axes as in Heo et al., Rotary Position Embedding for Vision Transformer, 2024.
+    Source: Su et al., RoFormer, 2021, section 3.3; several axes: Heo et al., RoPE for Vision Transformer, 2024.
     """
     if not isinstance(positions, Tensor) or positions.is_complex():
         raise TypeError(f"positions must be a real tensor, got {getattr(positions, 'dtype', type(positions).__name__)}")
@@ -139,9 +141,7 @@ def qk_norm_rope_vmap(call: Callable, info: Any, in_dims: tuple, *args: Any) -> 
     q, k = (t if isinstance(d, int) else t.expand(V, *t.shape) for t, d in zip((q, k), in_dims, strict=False))  # (V, B, T, H, D)
     B = q.shape[1]
     if cos is not None and sin is not None:
-        cos, sin = (
-            of_each_sample(t, isinstance(d, int), V, B) for t, d in zip((cos, sin), in_dims[6:8], strict=True)
-        )
+        cos, sin = (of_each_sample(t, isinstance(d, int), V, B) for t, d in zip((cos, sin), in_dims[6:8], strict=True))
     rotated = call(q.flatten(0, 1), k.flatten(0, 1), *affine, cos, sin, *args[8:])
     return tuple(t.unflatten(0, (V, B)) for t in rotated), (0, 0)
 
@@ -156,8 +156,8 @@ def of_each_sample(table: Tensor, batched: bool, V: int, B: int) -> Tensor:
 PARAMETERS = "Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin"
 OPTIONS = "str? norm, bool across_heads, float eps, bool interleaved"
 
-# The backward takes the statistics of a row anew: it has the row in registers anyway, and the forward writes nothing but its results.
-# Of gradients that nobody needs, an empty tensor stands in the results.
+# The backward takes the statistics of a row anew: it reads the row anyway, and the forward writes nothing but its results. Of
+# gradients that nobody needs, an empty tensor stands in the results.
 QK_NORM_ROPE = library.define(
     f"qk_norm_rope(Tensor q, Tensor k, {PARAMETERS}, {OPTIONS}) -> (Tensor rotated_q, Tensor rotated_k)",
     reference=reference.qk_norm_rope,

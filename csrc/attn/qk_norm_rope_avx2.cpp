@@ -1,0 +1,6 @@
+#include "attn/qk_norm_rope_kernels.h"
+#include "simd/lanes_avx2.h"
+
+namespace mmgen_kernels::attn::rope {
+const Kernels<float> avx2_kernels = kernels<simd::LanesAvx2>();
+}  // namespace mmgen_kernels::attn::rope
