@@ -88,21 +88,46 @@ struct Loops {
     });
   }
 
+  // Each of half a vector's lanes twice, from lane `begin` on.
+  template <int begin, size_t... I>
+  ALWAYS_INLINE static Vec doubled(Vec v, std::index_sequence<I...>) {
+    return __builtin_shufflevector(v, v, (begin + I / 2)...);
+  }
+  static Vec alternating(Real even, Real odd) {
+    Vec v;
+    for (int i = 0; i < Lanes::width; ++i) v[i] = i % 2 ? odd : even;
+    return v;
+  }
+
   template <class T>
   static void angles(const void* cos, const void* sin, int64_t pairs, bool interleaved, bool back, Real* out_cos, Real* out_sin) {
-    widen<T>(cos, pairs, out_cos);
-    widen<T>(sin, pairs, out_sin);
     const Real sign = back ? -1 : 1;
-    if (!interleaved) {
-      if (!back) return;
-      for (int64_t i = 0; i < pairs; ++i) out_sin[i] = -out_sin[i];
-      return;
+    if (interleaved) {
+      each_twice<T>(cos, pairs, alternating(1, 1), out_cos);
+      each_twice<T>(sin, pairs, alternating(-sign, sign), out_sin);
+    } else {
+      widen<T>(cos, pairs, out_cos);
+      sweep<Lanes>(0, pairs, [&](const auto& place, int64_t i, auto) ALWAYS_INLINE {
+        store(place, out_sin + i, load(place, static_cast<const T*>(sin) + i) * sign);
+      });
     }
-    for (int64_t i = pairs - 1; i >= 0; --i) {  // in place, from the end
-      const Real c = out_cos[i], s = sign * out_sin[i];
-      out_cos[2 * i] = c, out_cos[2 * i + 1] = c;
-      out_sin[2 * i] = -s, out_sin[2 * i + 1] = s;
+  }
+  template <class T>
+  ALWAYS_INLINE static void each_twice(const void* row, int64_t pairs, Vec factor, Real* out) {
+    constexpr int W = Lanes::width;
+    const auto lanes = std::make_index_sequence<W>{};
+    const T* from = static_cast<const T*>(row);
+    int64_t i = 0;
+    for (; i + W <= pairs; i += W) {
+      const Vec v = load(simd::Whole<Lanes>{}, from + i);
+      store(simd::Whole<Lanes>{}, out + 2 * i, doubled<0>(v, lanes) * factor);
+      store(simd::Whole<Lanes>{}, out + 2 * i + W, doubled<W / 2>(v, lanes) * factor);
     }
+    if (i == pairs) return;
+    const simd::Part<Lanes> rest{pairs - i};
+    Real last[W];
+    store(simd::Whole<Lanes>{}, last, load(rest, from + i));
+    for (int64_t j = 0; j < 2 * rest.count; ++j) out[2 * i + j] = last[j / 2] * factor[j % 2];
   }
 
   // then(place, d, chain, v) for each vector v of a row of channels load(place, d), turned.

@@ -31,7 +31,7 @@ struct Heads {
   char* out;  // results, or gradients of x
   int64_t out_stride;
 
-  Real* held;                     // scratch of the backward: (count, dim)
+  Real* held;                   // scratch of the backward: (count, dim)
   Real *sum_weight, *sum_bias;  // added to, like weight and bias
 };
 
@@ -52,7 +52,7 @@ struct Kernels {
 extern const Kernels<double> fp64_kernels;
 extern const Kernels<float> scalar_kernels;
 #if defined(__x86_64__)
-extern const Kernels<float> avx2_kernels, avx512_kernels;
+extern const Kernels<float> avx2_kernels, avx512_kernels, avx512_bf16_kernels;
 #endif
 
 template <class Real>
@@ -65,6 +65,9 @@ inline const Kernels<double>& kernels_of<double>(InstructionSet) {
 template <>
 inline const Kernels<float>& kernels_of<float>(InstructionSet set) {
 #if defined(__x86_64__)
+  // AVX512-BF16 comes with AMX, and on some processors without it; who asks for another set by name gets that
+  const bool rounds_to_bf16 = set == InstructionSet::amx || (set >= InstructionSet::avx512 && !selected_by_name());
+  if (rounds_to_bf16 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16_kernels;
   if (set >= InstructionSet::avx512) return avx512_kernels;  // and what goes beyond it
   if (set == InstructionSet::avx2) return avx2_kernels;
 #endif
