@@ -71,7 +71,7 @@ def qk_norm_rope_backward(
         grad = torch.zeros_like(rows) if grad is None else grad.to(rows.dtype)
         # turned back, that is by the opposite angle
         grad = rotated(grad.reshape(x.shape), cos, None if sin is None else -sin, interleaved).reshape(rows.shape)
-        of_weight = of_bias = x.new_empty(0)
+        of_weight, of_bias = x.new_empty(0), x.new_empty(0)
         if need[2] and bias is not None:
             of_bias = over_rows(grad).to(bias.dtype)
         if norm is None:
