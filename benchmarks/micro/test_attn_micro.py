@@ -26,3 +26,20 @@ def test_attention_forward_and_backward(benchmark, projection):
         return torch.autograd.grad(out, leaves, out.detach())
 
     benchmark(step)
+
+
+def test_qk_norm_rope(benchmark, projection):
+    q, k, _ = projection.unbind(2)
+    cos, sin = mk.rope_table(torch.arange(256)[:, None], (64,))
+    benchmark(mk.qk_norm_rope, q, k, cos=cos, sin=sin, interleaved=True)
+
+
+def test_qk_norm_rope_forward_and_backward(benchmark, projection):
+    leaves = [*(t.detach().requires_grad_() for t in projection.unbind(2)[:2]), torch.ones(64, requires_grad=True)]
+    cos, sin = mk.rope_table(torch.arange(256)[:, None], (64,))
+
+    def step():
+        out = mk.qk_norm_rope(*leaves[:2], q_weight=leaves[2], cos=cos, sin=sin, interleaved=True)
+        return torch.autograd.grad(out, leaves, [o.detach() for o in out])
+
+    benchmark(step)
