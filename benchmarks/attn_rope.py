@@ -1,7 +1,7 @@
 """qk_norm_rope as models have it between the projection and the attention, forward alone and with the backward.
 
-Shapes are B x T x H x D: samples, tokens, heads, channels of a head. q and k are views of a packed projection. "clone" is the floor:
-two copies that move the bytes which the operation must move.
+Shapes are B x T x H x D: samples, tokens, heads, channels of a head. q and k are views of a packed projection. "clone" is the
+floor: two copies that move the bytes which the operation must move.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ using simd::Fp16;
 
 #define ALWAYS_INLINE __attribute__((always_inline))
 
-// What is left at the end of a span, as a whole vector that begins earlier: all lanes but the last `fresh` were there before. A copy of
-// so many bytes as a register knows would be a call.
+// What is left at the end of a span, as a whole vector that begins earlier: all lanes but the last `fresh` were there before. To copy
+// a number of bytes that only a register knows would be a call.
 template <class Lanes>
 struct Again : simd::Whole<Lanes> {
   using Vec = typename Lanes::Vec;
@@ -270,7 +270,7 @@ struct Loops {
   }
 };
 
-// One instantiation per dtype, in the order of csrc/floats.h. OF_X: x is fp64 only where the computation is, and needs no loop else.
+// One instantiation per dtype, in the order of csrc/floats.h. OF_X: x is fp64 only where the computation is.
 #define BY_DTYPE(function) OF_X(function, double)
 #define OF_X(function, Fp64) \
   {Of::template function<Fp64>, Of::template function<float>, Of::template function<Bf16>, Of::template function<Fp16>}
