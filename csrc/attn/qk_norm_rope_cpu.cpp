@@ -59,7 +59,7 @@ struct Side {
   int64_t width;  // channels of a weight
   Buffer<Real> weight, bias;
   Tensor out, grad_weight, grad_bias;
-  bool summed;  // weight or bias want a gradient
+  int64_t slots = 0;  // sums that are wanted: none, that of the weight, or that of the bias too
 
   Side(const rope::Kernels<Real>& kernels, const Options& options, const Angles& angles, const Tensor& x, const Optional& weight,
        const Optional& bias)
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> forward(const std::array<Side<Real>*, 2>& sides) {
   return {sides[0]->out, sides[1]->out};
 }
 
-// A chunk of tokens backward; leaves the sums over it at `partial`, (2, width): of the weight, of the bias.
+// A chunk of tokens backward; leaves the sums over it at `partial`, (slots, width): of the weight, of the bias.
 template <class Real>
 void backward_chunk(const Side<Real>& side, int64_t chunk, Real* cos, Real* sin, double* partial) {
   const Tokens& x = side.x;
@@ -128,7 +128,7 @@ void backward_chunk(const Side<Real>& side, int64_t chunk, Real* cos, Real* sin,
   const int64_t run = rows_of_a_run(side.width);
   const int64_t end = std::min(side.tokens(), (chunk + 1) * tokens_at_a_time);
   Buffer<Real> held(across ? side.width : x.dim), sums(2 * side.width, Real(0));
-  std::fill_n(partial, side.summed ? 2 * side.width : 0, 0.0);
+  std::fill_n(partial, side.slots * side.width, 0.0);
   int64_t rows = 0;
   for (int64_t n = chunk * tokens_at_a_time; n < end; ++n) {
     if (side.options.norm == rope::Norm::none) {  // the gradient turned back is all
@@ -144,15 +144,15 @@ void backward_chunk(const Side<Real>& side, int64_t chunk, Real* cos, Real* sin,
       heads.out += heads.count * heads.out_stride;
       rows += across ? 1 : heads.count;
       if (rows < run && !(n == end - 1 && left == heads.count)) continue;
-      if (side.summed) side.kernels.collect(sums.data(), 2 * side.width, partial);
+      side.kernels.collect(sums.data(), side.slots * side.width, partial);
       rows = 0;
     }
   }
 }
 
-// The sum of `chunks` rows of (chunks, 2, width), the first or the second of each, to a parameter's gradient.
+// A slot of (chunks, slots, width), summed over the chunks, to a parameter's gradient.
 template <class Real>
-void add_up(const Side<Real>& side, const Buffer<double>& partials, int64_t which, const Tensor& to) {
+void add_up(const Side<Real>& side, const Buffer<double>& partials, int64_t slot, const Tensor& to) {
   if (to.dim() != 1 || to.size(0) != side.width) return;
   constexpr int64_t columns = 256;
   const auto dtype = static_cast<int>(float_of(to.scalar_type()));
@@ -161,7 +161,7 @@ void add_up(const Side<Real>& side, const Buffer<double>& partials, int64_t whic
       const int64_t begin = block * columns, count = std::min(columns, side.width - begin);
       double sum[columns] = {};
       for (int64_t chunk = 0; chunk < side.pieces(); ++chunk)
-        for (int64_t d = 0; d < count; ++d) sum[d] += partials[(2 * chunk + which) * side.width + begin + d];
+        for (int64_t d = 0; d < count; ++d) sum[d] += partials[(side.slots * chunk + slot) * side.width + begin + d];
       Real rounded[columns];
       std::copy_n(sum, count, rounded);
       side.kernels.narrow[dtype](rounded, count,
@@ -173,10 +173,10 @@ void add_up(const Side<Real>& side, const Buffer<double>& partials, int64_t whic
 template <class Real>
 void backward(const std::array<Side<Real>*, 2>& sides) {
   Buffer<double> partials[2];
-  for (int i = 0; i < 2; ++i) partials[i].resize(sides[i]->summed ? 2 * sides[i]->pieces() * sides[i]->width : 0);
+  for (int i = 0; i < 2; ++i) partials[i].resize(sides[i]->slots * sides[i]->pieces() * sides[i]->width);
   over_pieces(sides, [&](const Side<Real>& side, int64_t chunk, Real* cos, Real* sin) {
     Buffer<double>& own = partials[&side == sides[1]];
-    backward_chunk(side, chunk, cos, sin, own.data() + (side.summed ? 2 * chunk * side.width : 0));
+    backward_chunk(side, chunk, cos, sin, own.data() + side.slots * chunk * side.width);
   });
   for (int i = 0; i < 2; ++i) {
     add_up(*sides[i], partials[i], 0, sides[i]->grad_weight);
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward
       s.grad.emplace(grad ? *grad : zeros_as(x));
       s.out = empty_as(x);
       s.grad_weight = gradient(weight, of_weight), s.grad_bias = gradient(bias, of_bias);
-      s.summed = (of_weight && weight) || (of_bias && bias);
+      s.slots = of_bias && bias ? 2 : of_weight && weight ? 1 : 0;
       return s;
     };
     Side<Real> of_q = side(q, grad_rotated_q, q_weight, q_bias, need_grad_q_weight, need_grad_q_bias);
