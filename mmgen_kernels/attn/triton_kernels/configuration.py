@@ -52,7 +52,9 @@ def queries_configuration(
     if dtype == torch.float32:
         return Configuration(32, 32, 8, 2)
     if capability < (9, 0):  # operands are in registers here: 32 keys take all 255 at D = 72, and of a bias 32 spill 240 bytes
-        return Configuration(64, 16 if bias else 32, 4, 2) if D <= 128 else Configuration(64, 64, 8, 2)
+        if D > 128 or (bias and D > 96):
+            return Configuration(64, 64, 8, 2)
+        return Configuration(64, 16 if bias else 32, 4, 2)
     # sm_90: 176 registers at D = 72; 64 keys spill from D = 160 on, 32 take 236 at 192. With a bias 64 spill at D = 96, 8 bytes
     block_n = 32 if D > 128 or (bias and D > 80) else 64
     # a packed tile's bounds are in registers: at D = 128 prefetch would spill 56 bytes, without it 223 registers are enough

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from mmgen_kernels.battery.blocks.law import Inputs, pair
+from mmgen_kernels.battery.blocks.law import VECTORS, Inputs, pair
 from mmgen_kernels.blocks.activation import FUSED
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SAME = ((FP64,), (FP32,), (BF16,), (FP16,))
 FEW = ((FP32,), (BF16,))
-MIXED = ((FP32, BF16, BF16), (BF16, FP32, BF16), (FP16, FP32, FP32))  # of x, of vectors, of projections
-# There model code rounds where the block does, and nowhere else: of gradients either may be the nearer one.
-AS_UNDER_AUTOCAST = ((FP32, FP32, BF16),)
+MIXED = ((FP32, BF16, BF16), (FP16, FP32, FP32))  # of x, of vectors, of projections
+# There model code rounds where the block does and nowhere else: of gradients either may be the nearer one. Without vectors so of
+# results in 16 bits, which are left out there.
+AS_UNDER_AUTOCAST = ((FP32, FP32, BF16), (BF16, FP32, BF16))
 DIT = Inputs()
 BLOCKS = ("adaln_attention", "adaln_mlp", "dit_block")
 
@@ -26,7 +27,7 @@ CASES = [
     *[c for o in BLOCKS for c in pair(o, "frames", DIT.but(T=66, vectors=(3, 6)), FEW)],
     *[c for o in BLOCKS for c in pair(o, "tokens", DIT.but(vectors=(3, 65)), FEW)],
     *[c for o in BLOCKS for c in pair(o, "rows", DIT.but(rows=5), FEW)],
-    *[c for o in BLOCKS[:2] for c in pair(o, "without_vectors", DIT.but(without=("shift", "scale", "gate")), FEW)],
+    *[c for o in BLOCKS[:2] for c in pair(o, "without_vectors", DIT.but(without=VECTORS), ((FP64,), (FP32,)))],
     *pair("dit_block", "without_gates", DIT.but(without=("gate_msa", "gate_mlp")), FEW),
     *pair("dit_block", "scales_alone", DIT.but(without=("shift_msa", "shift_mlp")), FEW),  # Lumina's
     *pair("dit_block", "without_biases", DIT.but(without=("qkv_bias", "proj_bias", "fc1_bias", "fc2_bias")), SAME[1:]),
