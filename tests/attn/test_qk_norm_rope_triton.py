@@ -3,12 +3,7 @@
 Each test runs in a process in which TRITON_INTERPRET is set, or there needs none.
 """
 
-import concurrent.futures
 import importlib.util
-import multiprocessing
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,28 +11,9 @@ import torch
 import mmgen_kernels as mk
 from mmgen_kernels import battery
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "vq"))
-from triton_interpreter import is_interpreted, prepare_process
-
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
 CASES = {(c.operator, c.name): c for c in battery.cases("attn") if c.operator.startswith("qk_norm_rope")}
-
-
-@pytest.fixture(scope="module")
-def process():
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare_process)
-        assert pool.submit(is_interpreted).result()
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-    yield pool
-    pool.shutdown()
 
 
 def judge(operator, name, of_16_bits):

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from mmgen_kernels.attn.triton_kernels.rope_rows import (
     configuration,
-    divide,
     is_wide,
     load_affine,
     load_parts,
     located_rows,
     located_table,
-    narrow,
     normalize,
     pairs_of,
     place_rows,
@@ -30,6 +28,7 @@ from mmgen_kernels.attn.triton_kernels.rope_rows import (
     unit_of_tables,
 )
 from mmgen_kernels.attn.triton_kernels.tiles import contiguous, dense_rows, on, unit_of
+from mmgen_kernels.triton_rounding import divide, narrow
 
 # Live at once are, of each value, the normalized row, the gradient turned back and two sums: 12 values in a thread are some 100
 # registers. Never more than 8 warps: with 16 a thread has but 128 registers.

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmgen_kernels.attn.triton_kernels.tiles import strides_of, tiles_of
+from mmgen_kernels.triton_rounding import divide, narrow, reciprocal_root, widen
 
 
 class Configuration(NamedTuple):
@@ -90,35 +91,6 @@ def is_wide(x: Tensor) -> bool:
 
 
 # -- in kernels -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def widen(values, WIDE: tl.constexpr):
-    """fp32, or fp64 by way of fp32, as the interpreter would take the bits of a bf16 for an integer."""
-    if values.dtype == tl.float64:
-        return values if WIDE else values.to(tl.float32)
-    return values.to(tl.float32).to(tl.float64) if WIDE else values.to(tl.float32)
-
-
-@triton.jit
-def narrow(values, like):
-    """As stored at `like`: half precision by way of fp32, as torch does it."""
-    if like.dtype.element_ty == tl.float64:
-        return values.to(tl.float64)
-    return values.to(tl.float32).to(like.dtype.element_ty)
-
-
-@triton.jit
-def divide(a, b):
-    """Rounded once; fp32's `/` is not on a GPU."""
-    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
-
-
-@triton.jit
-def reciprocal_root(values):
-    if values.dtype == tl.float64:
-        return 1.0 / tl.sqrt(values)
-    return tl.div_rn(values * 0.0 + 1.0, tl.sqrt_rn(values))
 
 
 @triton.jit

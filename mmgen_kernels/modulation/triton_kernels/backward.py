@@ -17,7 +17,6 @@ from mmgen_kernels.modulation.triton_kernels.tiles import (
     activation,
     chip,
     dense,
-    divide,
     gate_slope,
     gate_value,
     is_wide,
@@ -33,6 +32,7 @@ from mmgen_kernels.modulation.triton_kernels.tiles import (
     tiles_of,
     vector_arguments,
 )
+from mmgen_kernels.triton_rounding import divide
 
 VECTORS = ("gate", "shift", "scale", "shift_2", "scale_2")
 SUMMED = (*VECTORS, "weight", "bias", "post_weight")

@@ -15,7 +15,6 @@ from torch import Tensor
 from mmgen_kernels.modulation.triton_kernels.tiles import (
     activation,
     dense,
-    divide,
     gate_value,
     is_wide,
     kind_of,
@@ -23,17 +22,15 @@ from mmgen_kernels.modulation.triton_kernels.tiles import (
     load_parameter,
     load_tile,
     load_vector,
-    narrow,
     on,
     places_of,
-    reciprocal_root,
     start_of,
     store_tile,
     tiles_of,
     two_floats,
     vector_arguments,
-    widen,
 )
+from mmgen_kernels.triton_rounding import divide, narrow, reciprocal_root, widen
 
 
 class Configuration(NamedTuple):

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmgen_kernels.modulation.triton_kernels.tiles import kind_of, narrow
+from mmgen_kernels.modulation.triton_kernels.tiles import kind_of
+from mmgen_kernels.triton_rounding import narrow
 
 # Partial sums of three vectors are 6 / C activation passes of bf16 written and as much read, beside the six that a backward moves:
 # 6 % at C = 32, half of which stays in L2. More tokens one after the other would lose digits: the error of an fp32 sum of C grows
