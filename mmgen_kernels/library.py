@@ -4,6 +4,7 @@
 
     grad_<output>       the gradient of that output of the forward (None where it has none)
     need_grad_<input>   whether that input wants a gradient
+    needs               bool[]: the same of all inputs that have one, in the order of the results
     <input>_shape       the sizes of that input (when only its sizes are needed, it is not kept alive)
     anything else       the input or output of the forward that bears this name, saved by the forward
 
@@ -91,6 +92,9 @@ class Operator:
         """Resolves every argument of the backward to its source, and registers autograd for each overload."""
         self.passed_on = {name: self.outputs.index(output) for name, output in passed_on.items()}
         for name in backward.inputs:
+            if name == "needs":  # a schema has room for 64 arguments
+                self.sources.append(("needs", 0))
+                continue
             for prefix, suffix, kind, known in (
                 ("grad_", "", "gradient", self.outputs),
                 ("need_grad_", "", "needed", self.inputs),
@@ -135,12 +139,15 @@ class Operator:
         shapes = iter(ctx.shapes)
         # the two leading arguments of the Function classes below are not inputs of the operator
         needed = ctx.needs_input_grad[-len(self.inputs) :]
-        arguments = []
+        arguments: list[Any] = []
         for kind, i in self.sources:
             if kind == "gradient":
                 arguments.append(None if is_placeholder(grads[i]) else grads[i])
             elif kind == "needed":
                 arguments.append(needed[i])
+            elif kind == "needs":
+                names = zip(self.inputs, needed, strict=True)
+                arguments.append([need for name, need in names if f"grad_{name}" in self.backward.outputs])
             else:
                 arguments.append(next(shapes if kind == "shape" else kept))
         results = call(*arguments)

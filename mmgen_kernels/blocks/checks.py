@@ -21,9 +21,13 @@ def check_x(x: Tensor) -> None:
 
 def check_norm(norm: str, eps: float) -> None:
     check_choice("norm", norm, NORMS)
-    check_number("eps", eps)
+    check_eps("eps", eps)
+
+
+def check_eps(name: str, eps: float) -> None:
+    check_number(name, eps)
     if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+        raise ValueError(f"{name} must be at least 0 and finite, got {eps}")
 
 
 def check_vectors(x: Tensor, rows: Tensor | None, **vectors: Tensor | None) -> None:
@@ -66,6 +70,44 @@ def check_visibility(key_lengths: Tensor | None, cu_seqlens: Tensor | None, x: T
             raise ValueError(f"cu_seqlens must be (C + 1,), got shape {tuple(cu_seqlens.shape)}")
         if x.shape[0] != 1:
             raise ValueError(f"x must be (1, N, D) with cu_seqlens, a batch packed into one sample, got shape {tuple(x.shape)}")
+
+
+def check_qk_norm(
+    x: Tensor,
+    head_dim: int,
+    norm: str | None,
+    eps: float,
+    affine: tuple[Tensor | None, ...],
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    if norm is not None:
+        check_choice("qk_norm", norm, NORMS)
+    check_eps("qk_eps", eps)
+    for name, parameter in zip(("q_weight", "k_weight", "q_bias", "k_bias"), affine, strict=True):
+        if parameter is None:
+            continue
+        check_floats(name, parameter)
+        check_device(name, parameter, "x", x)
+        if norm is None:
+            raise ValueError(f"{name} needs qk_norm, got qk_norm=None")
+        if parameter.dim() != 1 or parameter.shape[0] != head_dim:
+            raise ValueError(f"{name} must be ({head_dim},), shared by the heads, got shape {tuple(parameter.shape)}")
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{'cos' if cos is None else 'sin'} must be given where the other is, got None")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is None:
+            continue
+        check_floats(name, table)
+        check_device(name, table, "x", x)
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, as it gets none: pass {name}.detach()")
+        fits = table.dim() in (2, 3) and table.shape[-2] == x.shape[1] and 2 <= 2 * table.shape[-1] <= head_dim
+        if not fits or (table.dim() == 3 and table.shape[0] != x.shape[0]):
+            B, T, P = *x.shape[:2], head_dim // 2
+            raise ValueError(f"{name} must be ({T}, P) or ({B}, {T}, P) with P from 1 to {P}, got shape {tuple(table.shape)}")
+    if cos is not None and sin is not None and (sin.shape != cos.shape or sin.dtype != cos.dtype):
+        raise ValueError(f"sin must be as cos is, {tuple(cos.shape)} {cos.dtype}, got {tuple(sin.shape)} {sin.dtype}")
 
 
 def check_integers(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -35,6 +35,20 @@ class Attention(NamedTuple):
     deterministic: bool
 
 
+class QKNorm(NamedTuple):
+    """Of queries and keys before the attention; neither norm nor angles: nothing."""
+
+    q_weight: Tensor | None  # (head_dim,)
+    k_weight: Tensor | None
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    cos: Tensor | None  # (T, P) or (B, T, P)
+    sin: Tensor | None
+    kind: str | None
+    eps: float
+    interleaved: bool
+
+
 class MLP(NamedTuple):
     fc1_weight: Tensor  # (M, D), with swiglu (2 M, D)
     fc1_bias: Tensor | None
@@ -59,30 +73,37 @@ class Norm(NamedTuple):
 # -- the halves: (B, T, D) -> (B, T, D), and back ---------------------------------------------------------------------
 
 
-def attend(h: Tensor, of: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attend(h: Tensor, of: Attention, qk: QKNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The half's output, and what its backward keeps."""
     qkv = F.linear(h, of.qkv_weight, of.qkv_bias)  # (B, T, 3 H head_dim)
-    attended, lse = run("attention", "attn", *heads(qkv, of.num_heads), *seen(of))  # (B, T, H, head_dim), (B, H, T)
+    attended, lse = run("attention", "attn", *turned(heads(qkv, of.num_heads), qk), *seen(of))  # (B, T, H, head_dim), (B, H, T)
     return F.linear(attended.flatten(2), of.proj_weight, of.proj_bias), qkv, attended, lse
 
 
 def attend_backward(
-    grad: Tensor, h: Callable[[], Tensor], qkv: Tensor, attended: Tensor, lse: Tensor, of: Attention, need: Needs
+    grad: Tensor, h: Callable[[], Tensor], qkv: Tensor, attended: Tensor, lse: Tensor, of: Attention, qk: QKNorm, need: Needs
 ) -> Gradients:
     """`h` computes the half's input again."""
     found: Gradients = {}
-    inner = need["h"] or need["qkv_weight"] or need["qkv_bias"]
+    inner = any(need[name] for name in ("h", "qkv_weight", "qkv_bias", *OF_QK))
     of_attended, found["proj_weight"], found["proj_bias"] = linear_backward(
         grad, lambda: attended.flatten(2), of.proj_weight, inner, need["proj_weight"], need["proj_bias"]
     )
     if of_attended is None:
         return found
-    *grads, _ = run(
-        "attention_backward", "attn", of_attended.view(attended.shape), None, *heads(qkv, of.num_heads), *seen(of)[:4],
+    q, k, v = heads(qkv, of.num_heads)
+    of_q, of_k, of_v, _ = run(
+        "attention_backward", "attn", of_attended.view(attended.shape), None, *turned((q, k, v), qk), *seen(of)[:4],
         attended, lse, *seen(of)[4:], True, True, True, False,
     )  # fmt: skip
+    if turns(qk):
+        of_q, of_k, *of_affine = run(
+            "qk_norm_rope_backward", "attn", of_q, of_k, q, k, *qk[:6], qk.kind, False, qk.eps, qk.interleaved,
+            True, True, *(need[name] for name in OF_QK),
+        )  # fmt: skip
+        found |= dict(zip(OF_QK, of_affine, strict=True))
     found["h"], found["qkv_weight"], found["qkv_bias"] = linear_backward(
-        torch.stack(grads, 2).view(qkv.shape), h, of.qkv_weight, need["h"], need["qkv_weight"], need["qkv_bias"]
+        torch.stack((of_q, of_k, of_v), 2).view(qkv.shape), h, of.qkv_weight, need["h"], need["qkv_weight"], need["qkv_bias"]
     )
     return found
 
@@ -117,6 +138,21 @@ def feed_forward_backward(
 def heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     """q, k and v, (B, T, H, head_dim) each: views, which attention reads where they lie."""
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+
+
+OF_QK = QKNorm._fields[:4]  # what has a gradient
+
+
+def turns(qk: QKNorm) -> bool:
+    return qk.kind is not None or qk.cos is not None
+
+
+def turned(qkv: tuple[Tensor, ...], qk: QKNorm) -> tuple[Tensor, ...]:
+    """Queries and keys normalized and turned by their positions, where they are to be."""
+    if not turns(qk):
+        return qkv
+    q, k, v = qkv
+    return *run("qk_norm_rope", "attn", q, k, *qk[:6], qk.kind, False, qk.eps, qk.interleaved), v
 
 
 def seen(of: Attention) -> tuple[Any, ...]:
@@ -210,31 +246,33 @@ OF_NORM = ("x", "shift", "scale", "weight", "bias")
 
 
 def adaln_attention(
-    x, shift, scale, gate, weight, bias, qkv_weight, qkv_bias, proj_weight, proj_bias, key_lengths, cu_seqlens, rows,
-    num_heads, norm, eps, attention_scale, deterministic, keep,
+    x, shift, scale, gate, weight, bias, qkv_weight, qkv_bias, proj_weight, proj_bias, q_weight, k_weight, q_bias, k_bias,
+    cos, sin, key_lengths, cu_seqlens, rows, num_heads, norm, eps, qk_norm, qk_eps, interleaved, attention_scale, deterministic,
+    keep,
 ):  # fmt: skip
     of = Attention(
         qkv_weight, qkv_bias, proj_weight, proj_bias, key_lengths, cu_seqlens, num_heads, attention_scale, deterministic
     )
     h, statistics = modulated(x, Norm(shift, scale, weight, bias, rows, norm, eps, qkv_weight.dtype))
-    y, qkv, attended, lse = attend(h, of)
+    y, qkv, attended, lse = attend(h, of, QKNorm(q_weight, k_weight, q_bias, k_bias, cos, sin, qk_norm, qk_eps, interleaved))
     out = gated(x, y, gate, rows)
     return out, *kept(keep, statistics, qkv, attended, lse, y if gate is not None else None)
 
 
 def adaln_attention_backward(
     grad_out, x, statistics, qkv, attended, lse, update, shift, scale, gate, weight, bias,
-    qkv_weight, qkv_bias, proj_weight, proj_bias, key_lengths, cu_seqlens, rows,
-    num_heads, norm, eps, attention_scale, deterministic, *needs,
+    qkv_weight, qkv_bias, proj_weight, proj_bias, q_weight, k_weight, q_bias, k_bias, cos, sin, key_lengths, cu_seqlens, rows,
+    num_heads, norm, eps, qk_norm, qk_eps, interleaved, attention_scale, deterministic, needs,
 ):  # fmt: skip
     of = Attention(
         qkv_weight, qkv_bias, proj_weight, proj_bias, key_lengths, cu_seqlens, num_heads, attention_scale, deterministic
     )
     before = Norm(shift, scale, weight, bias, rows, norm, eps, qkv_weight.dtype)
-    names = Attention._fields[:4]
+    qk = QKNorm(q_weight, k_weight, q_bias, k_bias, cos, sin, qk_norm, qk_eps, interleaved)
+    names = (*Attention._fields[:4], *OF_QK)
     return half_backward(
         grad_out, x, statistics, update, gate, before, names, needs,
-        lambda grad, h, need: attend_backward(grad, h, qkv, attended, lse, of, need),
+        lambda grad, h, need: attend_backward(grad, h, qkv, attended, lse, of, qk, need),
     )  # fmt: skip
 
 
@@ -248,7 +286,7 @@ def adaln_mlp(
 
 def adaln_mlp_backward(
     grad_out, x, statistics, hidden, update, shift, scale, gate, weight, bias,
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows, activation, norm, eps, *needs,
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows, activation, norm, eps, needs,
 ):  # fmt: skip
     of = MLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     before = Norm(shift, scale, weight, bias, rows, norm, eps, fc1_weight.dtype)
@@ -260,7 +298,7 @@ def adaln_mlp_backward(
 
 def half_backward(
     grad: Tensor | None, x: Tensor, statistics: Tensor, update: Tensor, gate: Tensor | None, norm: Norm,
-    projections: tuple[str, ...], needs: tuple[bool, ...], through_half: Callable[[Tensor, Callable, Needs], Gradients],
+    projections: tuple[str, ...], needs: list[bool], through_half: Callable[[Tensor, Callable, Needs], Gradients],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Of x, shift, scale, gate, weight, bias and the projections."""
     names = ("x", "shift", "scale", "gate", "weight", "bias", *projections)
@@ -281,15 +319,17 @@ def half_backward(
 
 def dit_block(
     x, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
-    qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, key_lengths, cu_seqlens, rows,
-    num_heads, activation, norm, eps, attention_scale, deterministic, keep,
+    qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, q_weight, k_weight, q_bias, k_bias,
+    cos, sin, key_lengths, cu_seqlens, rows, num_heads, activation, norm, eps, qk_norm, qk_eps, interleaved, attention_scale,
+    deterministic, keep,
 ):  # fmt: skip
     attention = Attention(
         qkv_weight, qkv_bias, proj_weight, proj_bias, key_lengths, cu_seqlens, num_heads, attention_scale, deterministic
     )
     dtype = qkv_weight.dtype
     h, statistics = modulated(x, Norm(shift_msa, scale_msa, norm1_weight, norm1_bias, rows, norm, eps, dtype))
-    y, qkv, attended, lse = attend(h, attention)
+    qk = QKNorm(q_weight, k_weight, q_bias, k_bias, cos, sin, qk_norm, qk_eps, interleaved)
+    y, qkv, attended, lse = attend(h, attention, qk)
     residual, h, _, statistics_2, _ = run(
         "gate_residual_adaln", "modulation", x, y, gate_msa, shift_mlp, scale_mlp, None, None, norm2_weight, norm2_bias,
         None, None, rows, "identity", None, 0.0, norm, eps, dtype,
@@ -303,12 +343,13 @@ def dit_block(
 def dit_block_backward(
     grad_out, x, statistics, statistics_2, qkv, attended, lse, residual, hidden, update_msa, update_mlp,
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
-    qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, key_lengths, cu_seqlens, rows,
-    num_heads, activation, norm, eps, attention_scale, deterministic, *needs,
+    qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, q_weight, k_weight, q_bias, k_bias,
+    cos, sin, key_lengths, cu_seqlens, rows, num_heads, activation, norm, eps, qk_norm, qk_eps, interleaved, attention_scale,
+    deterministic, needs,
 ):  # fmt: skip
     names = (
         "x", "shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp",
-        "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", *Attention._fields[:4], *MLP._fields[:4],
+        "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", *Attention._fields[:4], *MLP._fields[:4], *OF_QK,
     )  # fmt: skip
     need = dict(zip(names, needs, strict=True)) | {"h": True}
     attention = Attention(
@@ -331,7 +372,8 @@ def dit_block_backward(
         need["norm2_weight"], need["norm2_bias"], False, False,
     )  # fmt: skip
     found["gate_msa"], found["shift_mlp"], found["scale_mlp"], _, _, found["norm2_weight"], found["norm2_bias"], *_ = of_seam
-    found |= attend_backward(of_half.to(dtype), lambda: modulated(x, first)[0], qkv, attended, lse, attention, need)
+    qk = QKNorm(q_weight, k_weight, q_bias, k_bias, cos, sin, qk_norm, qk_eps, interleaved)
+    found |= attend_backward(of_half.to(dtype), lambda: modulated(x, first)[0], qkv, attended, lse, attention, qk, need)
     of_block = ("x", "shift_msa", "scale_msa", "norm1_weight", "norm1_bias")
     wanted = {name: need[own] for name, own in zip(OF_NORM, of_block, strict=True)}
     of_norm = through_norm(grad, found["h"], x, statistics, first, wanted)

@@ -29,11 +29,14 @@ class DiTBlock(nn.Module):
         elementwise_affine: whether the norms have weights (and, layer norms, biases) of their own: ``norm1`` and ``norm2``.
         eps: added to the variance.
         qkv_bias: whether attn.qkv has a bias.
+        qk_norm: None, "rms" or "layer": a norm of each head's queries and keys, with weights ``attn.q_norm`` and ``attn.k_norm``.
+        interleaved: which channels cos and sin turn together, as in `mk.qk_norm_rope`.
         cond_dim: of c; None is D.
 
     Shape:
         x (B, T, D); c (B, C) for whole samples, (B, F, C) for frames of equal length (F = T: for tokens) or, with rows, (R, C):
-        token t takes row ``rows[t]``. key_lengths and cu_seqlens as in `mk.dit_block`. The result has x's shape and dtype.
+        token t takes row ``rows[t]``. cos, sin, key_lengths and cu_seqlens as in `mk.dit_block`. The result has x's shape and
+        dtype.
 
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, 2022, section 3.2.
     """
@@ -49,9 +52,13 @@ class DiTBlock(nn.Module):
         elementwise_affine: bool = False,
         eps: float = 1e-6,
         qkv_bias: bool = True,
+        qk_norm: str | None = None,
+        interleaved: bool = False,
         cond_dim: int | None = None,
     ):
         super().__init__()
+        if qk_norm is not None:
+            check_choice("qk_norm", qk_norm, NORMS)
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("norm", norm, NORMS)
         if num_heads < 1 or hidden_size % (8 * num_heads):
@@ -60,7 +67,10 @@ class DiTBlock(nn.Module):
             )
         D, M = hidden_size, int(hidden_size * mlp_ratio)
         self.num_heads, self.activation, self.norm, self.eps = num_heads, activation, norm, eps
+        self.qk_norm, self.interleaved = qk_norm, interleaved
         self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D, bias=qkv_bias), "proj": nn.Linear(D, D)})
+        for name in ("q_norm", "k_norm") if qk_norm is not None else ():
+            self.attn[name] = Affine(D // num_heads, qk_norm == "layer")
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, 2 * M if activation == "swiglu" else M), "fc2": nn.Linear(M, D)})
         self.norm1, self.norm2 = (Affine(D, norm == "layer") if elementwise_affine else None for _ in range(2))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D if cond_dim is None else cond_dim, 6 * D))
@@ -72,6 +82,8 @@ class DiTBlock(nn.Module):
         x: Tensor,
         c: Tensor,
         *,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
         rows: Tensor | None = None,
         key_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -85,9 +97,12 @@ class DiTBlock(nn.Module):
             for parameter in ("weight", "bias")
             if getattr(self, name) is not None
         }
+        if self.qk_norm is not None:
+            norms |= {f"{n}_{p}": getattr(self.attn[f"{n}_norm"], p) for n in ("q", "k") for p in ("weight", "bias")}
         return dit_block(
             x, *vectors, *projections, num_heads=self.num_heads, activation=self.activation, norm=self.norm, eps=self.eps,
-            rows=rows, key_lengths=key_lengths, cu_seqlens=cu_seqlens, **norms,
+            qk_norm=self.qk_norm, qk_eps=self.eps, cos=cos, sin=sin, interleaved=self.interleaved, rows=rows,
+            key_lengths=key_lengths, cu_seqlens=cu_seqlens, **norms,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmgen_kernels import library
 from mmgen_kernels.attn.ops import ATTENTION as SELF_ATTENTION
+from mmgen_kernels.attn.qk_norm_rope import QK_NORM_ROPE
 from mmgen_kernels.blocks import composition
 from mmgen_kernels.blocks.activation import MLP_ACTIVATION
 from mmgen_kernels.blocks.checks import (
@@ -20,6 +21,7 @@ from mmgen_kernels.blocks.checks import (
     check_projection,
     check_rows,
     check_vectors,
+    check_qk_norm,
     check_visibility,
     check_x,
     hidden_width,
@@ -44,6 +46,15 @@ def adaln_attention(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    qk_norm: str | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    qk_eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
     attention_scale: float | None = None,
     key_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -66,6 +77,9 @@ def adaln_attention(
         norm: "layer" or "rms".
         weight, bias: (D,), of the norm.
         eps: added to the variance.
+        qk_norm, q_weight, k_weight, q_bias, k_bias, qk_eps, cos, sin, interleaved: norm and rotary embedding of queries and keys
+            between projection and attention, for each head, as in `qk_norm_rope`, whose norm and eps are qk_norm and qk_eps here.
+            The backward computes both again.
         attention_scale: 1 / sqrt(head_dim) if None.
         key_lengths: int32 or int64 (B,): the tokens of sample b that are seen.
         cu_seqlens: int32 or int64 (C + 1,): x is (1, N, D), sequences one after the other that see nothing of each other.
@@ -90,10 +104,12 @@ def adaln_attention(
     width = check_attention(x, projections, num_heads, key_lengths, cu_seqlens)
     check_norm(norm, eps)
     check_affine(x, weight=weight, bias=bias)
-    tensors = (x, shift, scale, gate, weight, bias, *projections)
+    affine = (q_weight, k_weight, q_bias, k_bias)
+    check_qk_norm(x, width // num_heads, qk_norm, qk_eps, affine, cos, sin)
+    tensors = (x, shift, scale, gate, weight, bias, *projections, *affine)
     return ADALN_ATTENTION(
-        COMPOSED, *tensors, key_lengths, cu_seqlens, rows, num_heads, norm, float(eps),
-        scale_of(attention_scale, width // num_heads), deterministic, keeps(tensors),
+        COMPOSED, *tensors, cos, sin, key_lengths, cu_seqlens, rows, num_heads, norm, float(eps), qk_norm, float(qk_eps),
+        interleaved, scale_of(attention_scale, width // num_heads), deterministic, keeps(tensors),
     )[0]  # fmt: skip
 
 
@@ -171,6 +187,15 @@ def dit_block(
     norm2_weight: Tensor | None = None,
     norm2_bias: Tensor | None = None,
     eps: float = 1e-6,
+    qk_norm: str | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    qk_eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
     attention_scale: float | None = None,
     key_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -183,8 +208,8 @@ def dit_block(
     backward keeps 8 D + M numbers, 12 D with M = 4 D, where autograd keeps 20 D of the same block in separate operations.
 
     Args:
-        x, rows, num_heads, norm, eps, attention_scale, key_lengths, cu_seqlens, deterministic, qkv_weight, qkv_bias, proj_weight,
-            proj_bias: as in `adaln_attention`.
+        x, rows, num_heads, norm, eps, qk_norm, q_weight, k_weight, q_bias, k_bias, qk_eps, cos, sin, interleaved, attention_scale,
+            key_lengths, cu_seqlens, deterministic, qkv_weight, qkv_bias, proj_weight, proj_bias: as in `adaln_attention`.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation: as in `adaln_mlp`; all four projections have one dtype.
         shift_msa, scale_msa, gate_msa: the attention's modulation vectors, as `adaln_attention` has them.
         shift_mlp, scale_mlp, gate_mlp: those of the MLP.
@@ -212,10 +237,12 @@ def dit_block(
     check_norm(norm, eps)
     norms = (norm1_weight, norm1_bias, norm2_weight, norm2_bias)
     check_affine(x, norm1_weight=norm1_weight, norm1_bias=norm1_bias, norm2_weight=norm2_weight, norm2_bias=norm2_bias)
-    tensors = (x, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, *norms, *projections)
+    affine = (q_weight, k_weight, q_bias, k_bias)
+    check_qk_norm(x, width // num_heads, qk_norm, qk_eps, affine, cos, sin)
+    tensors = (x, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, *norms, *projections, *affine)
     return DIT_BLOCK(
-        COMPOSED, *tensors, key_lengths, cu_seqlens, rows, num_heads, activation, norm, float(eps),
-        scale_of(attention_scale, width // num_heads), deterministic, keeps(tensors),
+        COMPOSED, *tensors, cos, sin, key_lengths, cu_seqlens, rows, num_heads, activation, norm, float(eps), qk_norm,
+        float(qk_eps), interleaved, scale_of(attention_scale, width // num_heads), deterministic, keeps(tensors),
     )[0]  # fmt: skip
 
 
@@ -291,8 +318,9 @@ def attention_fakes(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tens
 
 
 def adaln_attention_fake(
-    x, shift, scale, gate, weight, bias, qkv_weight, qkv_bias, proj_weight, proj_bias, key_lengths, cu_seqlens, rows,
-    num_heads, norm, eps, attention_scale, deterministic, keep,
+    x, shift, scale, gate, weight, bias, qkv_weight, qkv_bias, proj_weight, proj_bias, q_weight, k_weight, q_bias, k_bias,
+    cos, sin, key_lengths, cu_seqlens, rows, num_heads, norm, eps, qk_norm, qk_eps, interleaved, attention_scale, deterministic,
+    keep,
 ):  # fmt: skip
     of_attention = attention_fakes(x, qkv_weight, num_heads)
     return x.new_empty(x.shape), *kept_fakes(keep, x, *of_attention, update_fake(x, gate, qkv_weight))
@@ -307,8 +335,9 @@ def adaln_mlp_fake(
 
 def dit_block_fake(
     x, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
-    qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, key_lengths, cu_seqlens, rows,
-    num_heads, activation, norm, eps, attention_scale, deterministic, keep,
+    qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, q_weight, k_weight, q_bias, k_bias,
+    cos, sin, key_lengths, cu_seqlens, rows, num_heads, activation, norm, eps, qk_norm, qk_eps, interleaved, attention_scale,
+    deterministic, keep,
 ):  # fmt: skip
     hidden = fc1_weight.new_empty(*x.shape[:2], fc1_weight.shape[0])
     of_attention = attention_fakes(x, qkv_weight, num_heads)
@@ -330,7 +359,9 @@ def of(names: Sequence[str], kind: str) -> str:
     return ", ".join(f"{kind}{name}" for name in names)
 
 
-VISIBILITY = "Tensor? key_lengths, Tensor? cu_seqlens"
+QK_AFFINE = tuple(f"Tensor? {name}" for name in composition.OF_QK)
+VISIBILITY = "Tensor? cos, Tensor? sin, Tensor? key_lengths, Tensor? cu_seqlens"
+QK_NORM = "str? qk_norm, float qk_eps, bool interleaved"
 ATTENTION = ("Tensor qkv_weight", "Tensor? qkv_bias", "Tensor proj_weight", "Tensor? proj_bias")
 MLP = ("Tensor fc1_weight", "Tensor? fc1_bias", "Tensor fc2_weight", "Tensor? fc2_bias")
 HALF = ("Tensor x", "Tensor? shift", "Tensor? scale", "Tensor? gate", "Tensor? weight", "Tensor? bias")
@@ -351,10 +382,10 @@ def define(
         reference=getattr(composition, name),
         fake=fake,
         backward=f"{name}_backward(Tensor? grad_out, {tensors[0]}, {of(keeps, 'Tensor ')}, {', '.join(tensors[1:])}, {options},"
-        f" {of(names, 'bool need_grad_')}) -> ({of(names, 'Tensor grad_')})",
+        f" bool[] needs) -> ({of(names, 'Tensor grad_')})",
         backward_reference=getattr(composition, f"{name}_backward"),
         backward_fake=lambda grad_out, *args: gradients_fake(
-            (args[0], *args[1 + len(keeps) : len(tensors) + len(keeps)]), args[-len(tensors) :]
+            (args[0], *args[1 + len(keeps) : len(tensors) + len(keeps)]), args[-1]
         ),
         parts=parts,
     )
@@ -362,11 +393,11 @@ def define(
 
 ADALN_ATTENTION = define(
     "adaln_attention",
-    (*HALF, *ATTENTION),
-    f"{VISIBILITY}, Tensor? rows, int num_heads, str norm, float eps, float attention_scale, bool deterministic",
+    (*HALF, *ATTENTION, *QK_AFFINE),
+    f"{VISIBILITY}, Tensor? rows, int num_heads, str norm, float eps, {QK_NORM}, float attention_scale, bool deterministic",
     ("statistics", "qkv", "attended", "lse", "update"),
     adaln_attention_fake,
-    (ADALN, SELF_ATTENTION, GATE_RESIDUAL, GATE_RESIDUAL_ADALN),
+    (ADALN, QK_NORM_ROPE, SELF_ATTENTION, GATE_RESIDUAL, GATE_RESIDUAL_ADALN),
 )
 ADALN_MLP = define(
     "adaln_mlp",
@@ -378,9 +409,10 @@ ADALN_MLP = define(
 )
 DIT_BLOCK = define(
     "dit_block",
-    (*BLOCK, *ATTENTION, *MLP),
-    f"{VISIBILITY}, Tensor? rows, int num_heads, str activation, str norm, float eps, float attention_scale, bool deterministic",
+    (*BLOCK, *ATTENTION, *MLP, *QK_AFFINE),
+    f"{VISIBILITY}, Tensor? rows, int num_heads, str activation, str norm, float eps, {QK_NORM}, float attention_scale,"
+    " bool deterministic",
     ("statistics", "statistics_2", "qkv", "attended", "lse", "residual", "hidden", "update_msa", "update_mlp"),
     dit_block_fake,
-    (ADALN, SELF_ATTENTION, MLP_ACTIVATION, GATE_RESIDUAL, GATE_RESIDUAL_ADALN),
+    (ADALN, QK_NORM_ROPE, SELF_ATTENTION, MLP_ACTIVATION, GATE_RESIDUAL, GATE_RESIDUAL_ADALN),
 )

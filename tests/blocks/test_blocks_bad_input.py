@@ -20,6 +20,7 @@ def good(operator):
     return t, {} if operator == "adaln_mlp" else {"num_heads": H}
 
 
+OPTIONS = ("norm", "eps", "num_heads", "activation", "attention_scale", "qk_norm", "qk_eps")
 ALL, ATTENTION, MLP = ("adaln_attention", "adaln_mlp", "dit_block"), ("adaln_attention", "dit_block"), ("adaln_mlp", "dit_block")
 BAD = [
     (ALL, {"x": [1.0]}, TypeError, "x must be a tensor, got list"),
@@ -50,6 +51,15 @@ BAD = [
     (ATTENTION, {"cu_seqlens": torch.zeros(2, 2).int()}, ValueError, r"cu_seqlens must be \(C \+ 1,\)"),
     (ATTENTION, {"attention_scale": "big"}, TypeError, "attention_scale must be a number, got str"),
     (ATTENTION, {"attention_scale": float("inf")}, ValueError, "attention_scale must be finite, got inf"),
+    (ATTENTION, {"qk_norm": "batch"}, ValueError, "qk_norm must be one of layer, rms, got 'batch'"),
+    (ATTENTION, {"qk_norm": "rms", "qk_eps": -1.0}, ValueError, "qk_eps must be at least 0 and finite, got -1.0"),
+    (ATTENTION, {"q_weight": torch.ones(8)}, ValueError, "q_weight needs qk_norm, got qk_norm=None"),
+    (ATTENTION, {"qk_norm": "rms", "k_weight": torch.ones(16)}, ValueError, r"k_weight must be \(8,\), shared by the heads"),
+    (ATTENTION, {"cos": torch.ones(T, 4)}, ValueError, "sin must be given where the other is, got None"),
+    (ATTENTION, {"cos": torch.ones(T, 5), "sin": torch.ones(T, 5)}, ValueError, r"cos must be \(6, P\) or .* from 1 to 4"),
+    (ATTENTION, {"cos": torch.ones(3, T, 4), "sin": torch.ones(3, T, 4)}, ValueError, r"got shape \(3, 6, 4\)"),
+    (ATTENTION, {"cos": torch.ones(T, 4), "sin": torch.ones(T, 3)}, ValueError, r"sin must be as cos is, \(6, 4\)"),
+    (ATTENTION, {"cos": torch.ones(T, 4).requires_grad_(), "sin": torch.ones(T, 4)}, ValueError, "cos must not require a gradient"),
     (MLP, {"activation": "relu"}, ValueError, "activation must be one of gelu_tanh, gelu, swiglu, got 'relu'"),
     (MLP, {"fc1_weight": torch.zeros(25, D), "activation": "swiglu"}, ValueError, r"fc1_weight must be \(2 M, D\)"),
     (MLP, {"fc2_weight": torch.zeros(D, M + 1)}, ValueError, r"fc2_weight must be \(16, 24\), got shape \(16, 25\)"),
@@ -62,7 +72,7 @@ BAD = [
 def test_refused(operator, changed, error, told):
     t, options = good(operator)
     call(operator, t, options)
-    given = {n: v for n, v in changed.items() if n in ("norm", "eps", "num_heads", "activation", "attention_scale")}
+    given = {n: v for n, v in changed.items() if n in OPTIONS}
     with pytest.raises(error, match=told):
         call(operator, t | {n: v for n, v in changed.items() if n not in given}, options | given)
 

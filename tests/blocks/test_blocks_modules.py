@@ -9,6 +9,7 @@ from torch import nn
 import mmgen_kernels as mk
 
 B, T, D, H = 3, 10, 32, 2
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # products of other sizes add in another order; outputs are up to 20
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 KEYS = {f"{name}.{kind}" for name in LINEARS for kind in ("weight", "bias")}
 RMS = {"norm": "rms", "elementwise_affine": True, "cond_dim": 20}
@@ -48,14 +49,25 @@ def test_frames_rows_and_lengths(options):
     x, c = torch.randn(B, T, D), torch.randn(B, 2, options.get("cond_dim", D))
     frames = block(x, c)
     rows = (torch.arange(B)[:, None] * 2 + torch.arange(T) // (T // 2)).int()
-    torch.testing.assert_close(block(x, c.flatten(0, 1), rows=rows), frames)
+    torch.testing.assert_close(block(x, c.flatten(0, 1), rows=rows), frames, **CLOSE)
     lengths = torch.tensor([10, 4, 7])
     padded = block(x, c[:, 0], key_lengths=lengths)
     for sample, length in enumerate(lengths):
         alone = block(x[sample : sample + 1, :length], c[sample : sample + 1, 0])
-        torch.testing.assert_close(padded[sample : sample + 1, :length], alone)
+        torch.testing.assert_close(padded[sample : sample + 1, :length], alone, **CLOSE)
     packed = block(x.flatten(0, 1)[None], c[:1, 0], cu_seqlens=torch.tensor([0, 10, 30]))
-    torch.testing.assert_close(packed[:, :10], block(x[:1], c[:1, 0]))
+    torch.testing.assert_close(packed[:, :10], block(x[:1], c[:1, 0]), **CLOSE)
+
+
+def test_qk_norm_and_rotary_embedding():
+    block = drawn(mk.nn.DiTBlock(D, H, qk_norm="rms", interleaved=True))
+    assert set(block.state_dict()) == KEYS | {"attn.q_norm.weight", "attn.k_norm.weight"}
+    x, c = torch.randn(B, T, D), torch.randn(B, D)
+    cos, sin = mk.rope_table(torch.arange(T)[:, None], (D // H,))
+    turned = block(x, c, cos=cos, sin=sin)
+    assert not torch.allclose(turned, block(x, c))
+    later = block(x, c, **dict(zip(("cos", "sin"), mk.rope_table(torch.arange(5, 5 + T)[:, None], (D // H,)), strict=True)))
+    torch.testing.assert_close(later, turned, rtol=1e-4, atol=1e-4)  # attention sees differences of positions alone
 
 
 def test_final_layer():

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import mmgen_kernels as mk
 from mmgen_kernels import backends, battery
 from mmgen_kernels.battery.blocks import BF16, BLOCKS, DIT, FP16, FP32, FP64
-from mmgen_kernels.battery.blocks.law import INTEGERS, call
+from mmgen_kernels.battery.blocks.law import CONSTANT, call
 from mmgen_kernels.battery.vq.data import randn
 from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.library import OPERATORS
@@ -33,7 +33,7 @@ def arguments(operator, inputs=SMALL, dtypes=(FP32,), **options):
     if operator != "adaln_mlp":
         options["num_heads"] = inputs.H
     t = inputs(operator, CPU, dtypes, options, 0)
-    return {n: v if n in INTEGERS else v.requires_grad_() for n, v in t.items()}, options
+    return {n: v if n in CONSTANT else v.requires_grad_() for n, v in t.items()}, options
 
 
 def results(function, t, options):
@@ -62,14 +62,15 @@ def samples(name):
     ):
         t, _ = arguments(operator.name, inputs, dtypes)
         known = {"num_heads": inputs.H, "norm": "layer", "eps": 1e-6, "attention_scale": 0.3, "deterministic": True}
-        known |= {"activation": "gelu_tanh", "keep": keep}
+        known |= {"activation": "gelu_tanh", "keep": keep, "qk_norm": None, "qk_eps": 1e-6, "interleaved": False}
         given = {n: t.get(n, known.get(n)) for n in operator.inputs}
         if operator.name == name:
             yield tuple(v.detach() if isinstance(v, torch.Tensor) and not keep else v for v in given.values())
         elif keep:
             plain = {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in given.items()}
             outputs = dict(zip(operator.outputs, operator.reference(*plain.values()), strict=True))
-            needs = {f"need_grad_{n}": isinstance(v, torch.Tensor) for n, v in given.items()}
+            results = [n.removeprefix("grad_") for n in OPERATORS[name].outputs]
+            needs = {"needs": [given[n] is not None for n in results]}
             upstream = {"grad_out": torch.randn_like(outputs["out"])}
             yield tuple((plain | outputs | upstream | needs).get(n) for n in OPERATORS[name].inputs)
 
@@ -270,7 +271,7 @@ def test_autocast(operator, dtype, compiled):
 def test_choice_is_that_of_the_parts():
     with pytest.raises(RuntimeError, match=r"use_backend\('cuda'\) cannot serve adaln:"), mk.use_backend("cuda"):
         call("dit_block", *arguments("dit_block"))
-    assert "dit_block on cpu: by what serves adaln, attention, mlp_activation" in mk.backend_report()
+    assert "dit_block on cpu: by what serves adaln, qk_norm_rope, attention, mlp_activation" in mk.backend_report()
     assert backends.reasons_against(OPERATORS["dit_block"], "torch", "cpu")[0] == "adaln has no torch kernel"
 
 

@@ -31,6 +31,8 @@ from mmgen_kernels.library import OPERATORS
 Tensors = dict[str, Tensor]  # the arguments that are given, by name
 DRAWS, DRAWS_OF_HALVES = 8, 24
 INTEGERS = ("rows", "key_lengths", "cu_seqlens")
+OF_QK = ("q_weight", "k_weight", "q_bias", "k_bias")
+CONSTANT = (*INTEGERS, "cos", "sin")  # what gets no gradient
 HALVES = {
     "adaln_attention": ("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
     "adaln_mlp": ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
@@ -65,7 +67,7 @@ def model_code(operator: str, t: Tensors, options: dict[str, Any]) -> Tensor:
         return half(operator, t, options)
     norms = ("weight", "bias")
     first, second = (
-        {n: v for n, v in t.items() if n in (*INTEGERS, *HALVES[name])}
+        {n: v for n, v in t.items() if n in (*CONSTANT, *OF_QK, *HALVES[name])}
         | {n: t[f"{n}_{suffix}"] for n in VECTORS if f"{n}_{suffix}" in t}
         | {n: t[f"norm{i}_{n}"] for n in norms if f"norm{i}_{n}" in t}
         for i, (name, suffix) in enumerate((("adaln_attention", "msa"), ("adaln_mlp", "mlp")), start=1)
@@ -87,6 +89,7 @@ def half(operator: str, t: Tensors, options: dict[str, Any]) -> Tensor:
 def attend(h: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor:
     heads = F.linear(h, t["qkv_weight"], t.get("qkv_bias")).unflatten(-1, (3, options["num_heads"], -1))
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, head_dim)
+    q, k = (turned(x, t.get(f"{n}_weight"), t.get(f"{n}_bias"), t, options) for n, x in (("q", q), ("k", k)))
     T, mask = h.shape[1], None
     if "key_lengths" in t:
         mask = (torch.arange(T) < t["key_lengths"].cpu()[:, None])[:, None, None]  # (B, 1, 1, T)
@@ -96,6 +99,23 @@ def attend(h: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor:
     logits = (options.get("attention_scale") or q.shape[-1] ** -0.5) * q @ k.mT
     out = (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
     return F.linear(out.transpose(1, 2).flatten(2), t["proj_weight"], t.get("proj_bias"))
+
+
+def turned(x: Tensor, weight: Tensor | None, bias: Tensor | None, t: Tensors, options: dict[str, Any]) -> Tensor:
+    """Norm of each head, and pairs of channels turned by their token's angles: x (B, H, T, head_dim)."""
+    if options.get("qk_norm") is not None:
+        x = normed(x, options["qk_norm"], weight, bias, options.get("qk_eps", 1e-6))
+    if "cos" not in t:
+        return x
+    P = t["cos"].shape[-1]
+    cos, sin = (t[n] if t[n].dim() == 2 else t[n].unsqueeze(1) for n in ("cos", "sin"))
+    if options.get("interleaved"):
+        a, b = x[..., : 2 * P : 2], x[..., 1 : 2 * P : 2]
+        pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = x[..., :P], x[..., P : 2 * P]
+        pairs = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((pairs, x[..., 2 * P :]), -1).to(x.dtype)
 
 
 def feed_forward(h: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor:
@@ -131,6 +151,9 @@ class Inputs:
     affine: tuple[str, ...] = ()
     integers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     rows: int | None = None
+    qk_affine: tuple[str, ...] = ()  # of OF_QK
+    pairs: int = 0  # of channels that are turned
+    angles: tuple[int, ...] = ()  # leading sizes of cos and sin, but for the tokens
 
     def but(self, **changed: Any) -> Inputs:
         return replace(self, **changed)
@@ -148,10 +171,12 @@ class Inputs:
         if operator == "mlp_activation":
             return {"hidden": (2 * randn(*shapes["hidden"], seed=7 + 1000 * draw)).to(of_x).to(device)}
         leading = (self.rows,) if self.rows else (B,) if self.vectors is None else self.vectors
-        affine = [f"norm{i}_{n}" for i in (1, 2) for n in self.affine] if operator == "dit_block" else self.affine
+        affine = [f"norm{i}_{n}" for i in (1, 2) for n in self.affine] if operator == "dit_block" else list(self.affine)
+        affine += self.qk_affine
         t: Tensors = {}
         for seed, name in enumerate((*POSITIONAL[operator], *affine)):
-            shape = shapes.get(name) or ((D,) if name in affine else (*leading, D))
+            of_affine = (self.head_dim,) if name in self.qk_affine else (D,)
+            shape = shapes.get(name) or (of_affine if name in affine else (*leading, D))
             value = randn(*shape, seed=seed + 1000 * draw)
             if name in shapes and name != "x":
                 value = value / (shape[1] ** 0.5 if len(shape) == 2 else 4)
@@ -161,6 +186,9 @@ class Inputs:
                 t[name] = (1 + value / 2 if name in affine and name.endswith("weight") else value).to(dtype).to(device)
         if self.rows:
             t["rows"] = randint(0, self.rows, (B, T), seed=99 + 1000 * draw).int().to(device)
+        if self.pairs:
+            angle = 3 * randn(*self.angles, T, self.pairs, seed=98 + 1000 * draw)
+            t |= {"cos": angle.cos().float().to(device), "sin": angle.sin().float().to(device)}
         integers = self.integers if operator != "adaln_mlp" else {}
         return t | {name: torch.tensor(v, dtype=torch.int32, device=device) for name, v in integers.items()}
 
@@ -173,7 +201,7 @@ def run(function: Callable, operator: str, t: Tensors, options: dict[str, Any], 
     if upstream is None:
         with torch.no_grad():
             return {"out": function(operator, t, options)}
-    leaves = {name: v.detach().requires_grad_() for name, v in t.items() if name not in INTEGERS}
+    leaves = {name: v.detach().requires_grad_() for name, v in t.items() if name not in CONSTANT}
     out = function(operator, t | leaves, options)
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out))
     return {f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
@@ -200,7 +228,7 @@ def prepared(operator: str, inputs: Inputs, gradients: bool, options: dict[str, 
             failures += [f"{n} was written" for d in draws for n, v in d.t.items() if not same_bits(v.detach().cpu(), d.on_cpu[n])]
             if not gradients:
                 t = draws[0].t
-                leaves = t | {n: v.detach().requires_grad_() for n, v in t.items() if n not in INTEGERS}
+                leaves = t | {n: v.detach().requires_grad_() for n, v in t.items() if n not in CONSTANT}
                 trained = call(operator, leaves, options).detach()
                 failures += [] if same_bits(trained, own[0]["out"]) else ["out: other bits where a gradient is to come"]
             again = draws[0].once()
