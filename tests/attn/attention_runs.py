@@ -3,7 +3,8 @@
 import torch
 
 import mmgen_kernels as mk
-from mmgen_kernels.attn import ops, reference
+from mmgen_kernels.attn import ops
+from mmgen_kernels.attn.reference.attention import visible
 from mmgen_kernels.battery import tolerance
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -43,7 +44,7 @@ def plain(q, k, v, *, bias=None, causal=False, scale=None, key_lengths=None, cu_
     packed = cu_seqlens_q is not None
     if packed:
         q, k, v = q[None], k[None], v[None]
-    seen = reference.visible(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, causal)
+    seen = visible(q, k, key_lengths, cu_seqlens_q, cu_seqlens_k, causal)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)

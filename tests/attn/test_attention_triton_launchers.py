@@ -87,9 +87,9 @@ def test_no_look_at_a_value():
 
 
 def test_the_reference_takes_what_the_launchers_take():
-    """Signatures: the schema's order is the reference's."""
+    """Signatures: the schema's order is the reference's. Who needs what may be spelled out or taken as it comes."""
     from mmgen_kernels.attn import triton_kernels
 
     for name in triton_kernels.__all__:
         ours, plainly = (inspect.signature(getattr(m, name)).parameters for m in (triton_kernels, reference))
-        assert list(ours) == list(plainly), name
+        assert [n for n in ours if n[:4] != "need"] == [n for n in plainly if n[:4] != "need"], name
