@@ -1,6 +1,7 @@
-"""Blocks and final layers of Diffusion Transformers in scripts that follow DiT: DiT, fast-DiT, SiT, REPA and their kin.
+"""Blocks and final layers of Diffusion Transformers in scripts that follow DiT: DiT, fast-DiT, SiT, REPA, LightningDiT.
 
 Recognised by what they have: the scripts are copied, not installed. What a forward does beyond its parts, verification must tell.
+LightningDiT's blocks take a rotary embedding as a third argument; a call that gives one is stock's.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ IDLE = (nn.Identity, nn.Dropout)  # and what is one of these with p = 0 does not
 class ConditionedForward(Forward):
     """Of modules with ``adaLN_modulation(c)``, whose vectors are (B, D) each."""
 
-    linears: tuple[str, ...]
+    def names_of_linears(self) -> tuple[str, ...]:
+        raise NotImplementedError
 
     def serves(self, x: Any, c: Any) -> bool:
         """Whether the call is the one that verification has seen, and nobody listens to a part of the module."""
         module: Any = self.module
         if not (isinstance(x, Tensor) and isinstance(c, Tensor) and x.dim() == 3 and c.dim() == 2 and x.dtype in DTYPES):
             return False
-        linears = [module.get_submodule(name) for name in self.linears]
+        linears = [module.get_submodule(name) for name in self.names_of_linears()]
         if not all(is_plain(linear) for linear in linears) or any(
             has_hooks(child) or "forward" in vars(child) for child in module.modules() if child is not module
         ):
@@ -38,41 +40,78 @@ class ConditionedForward(Forward):
         same = x.dtype == c.dtype == linears[0].weight.dtype
         return x.device.type in ("cpu", "cuda") and (same or torch.is_autocast_enabled(x.device.type))
 
-    def vectors(self, c: Tensor, count: int) -> tuple[Tensor, ...]:
-        module: Any = self.module
-        return module.adaLN_modulation(c).chunk(count, dim=1)
-
 
 class BlockForward(ConditionedForward):
-    linears = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    def names_of_linears(self) -> tuple[str, ...]:
+        module: Any = self.module
+        first, second = projections_of(module.mlp)
+        return "attn.qkv", "attn.proj", f"mlp.{first}", f"mlp.{second}"
 
-    def __call__(self, x: Tensor, c: Tensor) -> Tensor:
-        if not self.serves(x, c):
-            return self.stock(x, c)
+    def __call__(self, x: Tensor, c: Tensor, *rope: Any, **named: Any) -> Tensor:
+        given = (*rope, *named.values())
+        if not self.serves(x, c) or any(argument is not None for argument in given):
+            return self.stock(x, c, *rope, **named)
         module: Any = self.module
         attn, mlp, first, second = module.attn, module.mlp, module.norm1, module.norm2
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.vectors(c, 6)
+        fc1, fc2 = (getattr(mlp, name) for name in projections_of(mlp))
+        vectors: Any = module.adaLN_modulation(c)
+        if vectors.shape[-1] == 6 * x.shape[-1]:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors.chunk(6, dim=1)
+        else:  # LightningDiT's wo_shift
+            (scale_msa, gate_msa, scale_mlp, gate_mlp), shift_msa, shift_mlp = vectors.chunk(4, dim=1), None, None
+        norm: Any = kind_of(first)
         return mk.dit_block(
             x, shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, attn.qkv.weight, attn.qkv.bias,
-            attn.proj.weight, attn.proj.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            num_heads=attn.num_heads, activation=ACTIVATION[mlp.act.approximate], eps=first.eps,
-            norm1_weight=first.weight, norm1_bias=first.bias, norm2_weight=second.weight, norm2_bias=second.bias,
+            attn.proj.weight, attn.proj.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+            num_heads=attn.num_heads, activation=activation_of(mlp), norm=norm, eps=first.eps,
+            norm1_weight=first.weight, norm1_bias=bias_of(first), norm2_weight=second.weight, norm2_bias=bias_of(second),
+            **qk_norm_of(attn),
         )  # fmt: skip
 
 
 class FinalLayerForward(ConditionedForward):
-    linears = ("linear",)
+    def names_of_linears(self) -> tuple[str, ...]:
+        return ("linear",)
 
     def __call__(self, x: Tensor, c: Tensor) -> Tensor:
         if not self.serves(x, c):
             return self.stock(x, c)
         module: Any = self.module
-        shift, scale = self.vectors(c, 2)
+        shift, scale = module.adaLN_modulation(c).chunk(2, dim=1)
         norm = module.norm_final
-        return module.linear(mk.adaln(x, shift, scale, weight=norm.weight, bias=norm.bias, eps=norm.eps))
+        options: Any = {"norm": kind_of(norm), "weight": norm.weight, "bias": bias_of(norm), "eps": norm.eps}
+        return module.linear(mk.adaln(x, shift, scale, **options))
 
 
-ACTIVATION = {"tanh": "gelu_tanh", "none": "gelu"}
+def projections_of(mlp: nn.Module) -> tuple[str, str]:
+    return ("w12", "w3") if hasattr(mlp, "w12") else ("fc1", "fc2")
+
+
+def activation_of(mlp: Any) -> str:
+    return "swiglu" if hasattr(mlp, "w12") else {"tanh": "gelu_tanh", "none": "gelu"}[mlp.act.approximate]
+
+
+def kind_of(norm: nn.Module) -> str | None:
+    """RMS norms go by their name: every script has one of its own, and verification compares what it does."""
+    if type(norm) is nn.LayerNorm:
+        return "layer"
+    known = type(norm).__name__ == "RMSNorm" and isinstance(getattr(norm, "eps", None), float) and hasattr(norm, "weight")
+    return "rms" if known else None
+
+
+def bias_of(norm: Any) -> Tensor | None:
+    return getattr(norm, "bias", None)
+
+
+def qk_norm_of(attn: Any) -> dict[str, Any]:
+    """The arguments of `mk.dit_block` for the norms of queries and keys; none where there are none."""
+    q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+    if q_norm is None or k_norm is None or type(q_norm) is nn.Identity:
+        return {}
+    return {
+        "qk_norm": kind_of(q_norm), "qk_eps": q_norm.eps,
+        "q_weight": q_norm.weight, "q_bias": bias_of(q_norm), "k_weight": k_norm.weight, "k_bias": bias_of(k_norm),
+    }  # fmt: skip
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -81,9 +120,10 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def norm_reasons(name: str, norm: Any, dim: int) -> list[str]:
-    if type(norm) is not nn.LayerNorm:
-        return [f"{name} is a {type(norm).__name__}, not an nn.LayerNorm"]
-    return [] if norm.normalized_shape == (dim,) else [f"{name} is over {norm.normalized_shape}, not over ({dim},)"]
+    if kind_of(norm) is None:
+        return [f"{name} is a {type(norm).__name__}, not a layer or RMS norm with eps"]
+    shape = norm.normalized_shape if type(norm) is nn.LayerNorm else (dim,) if norm.weight is None else tuple(norm.weight.shape)
+    return [] if shape == (dim,) else [f"{name} is over {shape}, not over ({dim},)"]
 
 
 def linear_reasons(module: nn.Module, **shapes: tuple[int, int]) -> list[str]:
@@ -111,6 +151,7 @@ class DiTRule(Rule):
     """A module that is called with tokens (B, T, D) and a conditioning (B, C)."""
 
     parts: tuple[str, ...]
+    arguments: tuple[list[str], ...] = (["x", "c"],)  # of forward
     falls_back_when: tuple[str, ...] = (
         "a part of the module has hooks or another forward, or a projection is no nn.Linear any more",
         "x is not (B, T, D), or the conditioning not (B, C)",
@@ -120,28 +161,28 @@ class DiTRule(Rule):
 
     def recognises(self, module: nn.Module) -> bool:
         has_parts = all(isinstance(getattr(module, name, None), nn.Module) for name in (*self.parts, "adaLN_modulation"))
-        return has_parts and parameters_of_forward(module) == ["x", "c"]
+        return has_parts and parameters_of_forward(module) in self.arguments
 
     def conditioning(self, module: Any) -> nn.Linear | None:
         """The Linear that makes the vectors."""
         last = list(module.adaLN_modulation.modules())[-1]
         return last if type(last) is nn.Linear else None
 
-    def vector_reasons(self, module: Any, count: int, dim: int) -> list[str]:
+    def vector_reasons(self, module: Any, dim: int, *counts: int) -> list[str]:
         linear = self.conditioning(module)
-        if linear is None or linear.out_features != count * dim:
-            return [f"adaLN_modulation does not end in a Linear to {count} vectors of {dim}"]
+        if linear is None or linear.out_features not in [count * dim for count in counts]:
+            return [f"adaLN_modulation does not end in a Linear to {' or '.join(map(str, counts))} vectors of {dim}"]
         return []
 
     def prepare(self, module: nn.Module, draw: Callable[..., Tensor]) -> None:
         """Models begin with vectors, biases and a final layer of zeros: then nothing would be told from nothing."""
         for name, parameter in module.named_parameters():
             if parameter.dim() == 1:
-                ones = name.startswith("norm") and name.endswith("weight")  # where a norm's weights are in a model
+                ones = "norm" in name and name.endswith("weight")  # where a norm's weights are in a model
                 parameter.data.copy_(ones + draw(len(parameter)) / 2)
-            elif name.startswith("adaLN_modulation") or not parameter.any():  # of rank 1: a number for each would take 0.2 s
-                rows, columns = parameter.shape
-                parameter.data.copy_(draw(rows, 1) * draw(columns) / columns**0.5)
+            elif name.startswith("adaLN_modulation") or not parameter.any():
+                rows, columns = parameter.shape  # each row is the one before, moved by one: a number for each would take 0.2 s
+                parameter.data.copy_(draw(rows + columns - 1).unfold(0, columns, 1) / columns**0.5)
 
     def magnification(self, module: nn.Module) -> float:
         """A gradient passes ten tensors that stock has rounded, where the tolerances are for two."""
@@ -162,30 +203,40 @@ class BlockRule(DiTRule):
     family = "blocks"
     by = "mk.dit_block"
     parts = ("norm1", "attn", "norm2", "mlp")
+    arguments = (["x", "c"], ["x", "c", "feat_rope"])
+    vanishing = ("attn.k_norm.bias",)  # what is added to all keys adds the same to all logits of a query
 
     def recognises(self, module: nn.Module) -> bool:
-        return super().recognises(module) and all(
-            isinstance(getattr(part, name, None), nn.Module)
-            for part, names in ((module.attn, ("qkv", "proj")), (module.mlp, ("fc1", "act", "fc2")))
-            for name in names
-        )
+        if not super().recognises(module):
+            return False
+        attn, mlp = module.attn, module.mlp
+        has_attention = all(isinstance(getattr(attn, name, None), nn.Linear) for name in ("qkv", "proj"))
+        kinds = (("fc1", "act", "fc2"), ("w12", "w3"))
+        return has_attention and any(all(isinstance(getattr(mlp, n, None), nn.Module) for n in names) for names in kinds)
 
     def reasons_against(self, module: Any) -> list[str]:
         attn, mlp, D = module.attn, module.mlp, module.attn.qkv.weight.shape[-1]
-        hidden = mlp.fc1.weight.shape[0]
-        reasons = [r for name in ("norm1", "norm2") for r in norm_reasons(name, getattr(module, name), D)]
-        reasons += linear_reasons(attn, qkv=(3 * D, D), proj=(D, D)) + linear_reasons(mlp, fc1=(hidden, D), fc2=(D, hidden))
-        reasons += idle_reasons(attn, "q_norm", "k_norm", "norm", "attn_drop", "proj_drop")
-        reasons += idle_reasons(mlp, "norm", "drop", "drop1", "drop2") + idle_reasons(module, "drop_path", "ls1", "ls2")
-        if type(mlp.act) is not nn.GELU:
-            reasons.append(f"mlp.act is a {type(mlp.act).__name__}, not an nn.GELU")
-        if not reasons and module.norm1.eps != module.norm2.eps:
-            reasons.append(f"norm1 has eps {module.norm1.eps}, norm2 {module.norm2.eps}")
+        first, second = projections_of(mlp)
+        wide = getattr(mlp, first).weight.shape[0]
+        hidden = wide // 2 if first == "w12" else wide
         num_heads = getattr(attn, "num_heads", None)
+        reasons = [r for name in ("norm1", "norm2") for r in norm_reasons(name, getattr(module, name), D)]
+        reasons += linear_reasons(attn, qkv=(3 * D, D), proj=(D, D))
+        reasons += linear_reasons(mlp, **{first: (wide, D), second: (D, hidden)})
+        reasons += idle_reasons(attn, "norm", "attn_drop", "proj_drop")
+        reasons += idle_reasons(mlp, "norm", "drop", "drop1", "drop2") + idle_reasons(module, "drop_path", "ls1", "ls2")
+        if first == "fc1" and type(mlp.act) is not nn.GELU:
+            reasons.append(f"mlp.act is a {type(mlp.act).__name__}, not an nn.GELU")
+        for one, other, part in (("norm1", "norm2", module), ("q_norm", "k_norm", attn)):
+            a, b = getattr(part, one, None), getattr(part, other, None)
+            if not reasons and (type(a) is not type(b) or getattr(a, "eps", None) != getattr(b, "eps", None)):
+                reasons.append(f"{one} is {a}, {other} {b}")
         if not isinstance(num_heads, int) or num_heads < 1 or D % (8 * num_heads) or D // num_heads > 256:
             heads = "heads of a multiple of 8 channels, up to 256"
             reasons.append(f"attn has num_heads = {num_heads}, which does not split {D} into {heads}")
-        return reasons + self.vector_reasons(module, 6, D)
+        elif not reasons and qk_norm_of(attn):
+            reasons += [r for name in ("q_norm", "k_norm") for r in norm_reasons(name, getattr(attn, name), D // num_heads)]
+        return reasons + self.vector_reasons(module, D, 6, 4)
 
     def forward(self, module: nn.Module) -> Forward:
         return BlockForward(module)
@@ -205,7 +256,7 @@ class FinalLayerRule(DiTRule):
         if not is_plain(module.linear):
             return [f"linear is a {type(module.linear).__name__}, not a plain nn.Linear"]
         D = module.linear.in_features
-        return norm_reasons("norm_final", module.norm_final, D) + self.vector_reasons(module, 2, D)
+        return norm_reasons("norm_final", module.norm_final, D) + self.vector_reasons(module, D, 2)
 
     def forward(self, module: nn.Module) -> Forward:
         return FinalLayerForward(module)

@@ -46,6 +46,7 @@ class Rule:
     family: str
     by: str  # what takes the place of the stock code
     falls_back_when: tuple[str, ...] = ()  # calls that the stock code serves
+    vanishing: tuple[str, ...] = ()  # parameters whose gradient is 0 but for roundings
     encloses = False  # replaces nothing itself; its reasons keep everything below it stock
 
     def recognises(self, module: nn.Module) -> bool:

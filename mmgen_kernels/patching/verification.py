@@ -84,7 +84,7 @@ def _differences(rule: Rule, module: nn.Module) -> list[str]:
                 ours = copied(stock)
                 vars(ours)["forward"] = rule.forward(ours)
                 sides = [run(rule, side, device, dtype, seed) for side in (stock, ours)]
-                found, near_ties = lockstep(sides[0], sides[1], rule.magnification(module), rule.family == "vq")
+                found, near_ties = lockstep(sides[0], sides[1], rule, rule.magnification(module))
             except Exception as error:
                 return [f"verification fails: {type(error).__name__}: {error}"]
             if not found or not near_ties:
@@ -104,19 +104,19 @@ class Aftermath(NamedTuple):
 
 
 def lockstep(
-    stock: Iterator[Aftermath], ours: Iterator[Aftermath], magnification: float, looks_up: bool
+    stock: Iterator[Aftermath], ours: Iterator[Aftermath], rule: Rule, magnification: float
 ) -> tuple[list[str], bool]:
     """What differs in the first call that differs, and whether a near tie may be why. One call at a time is kept."""
     lookups, served = Lookups(), False
     for expected in stock:
-        with lookups if looks_up else contextlib.nullcontext():  # the first dispatch mode of a process imports Dynamo: 2 s
+        with lookups if rule.family == "vq" else contextlib.nullcontext():  # a process's first dispatch mode imports Dynamo: 2 s
             results = next(ours)
         if type(expected.error) is not type(results.error):
             return [f"{expected.at}: raises {results.error!r}, stock {expected.error!r}"], False
         served |= expected.error is None
         if not served:  # later calls may be refused by both: stock does not take masks with heads
             return [f"verification: the stock module raises {expected.error!r}"], False
-        if found := compare(expected.left, results.left, magnification):
+        if found := compare(expected.left, results.left, magnification, rule.vanishing):
             return [f"{expected.at}: {found[0]}", *found[1:]], lookups.near_ties()
         lookups.seen.clear()
     return [], False
@@ -158,8 +158,15 @@ def run(rule: Rule, module: nn.Module, device: torch.device, dtype: torch.dtype,
             module.zero_grad(set_to_none=True)
 
 
-def compare(expected: dict[str, Any], results: dict[str, Any], magnification: float = 1.0) -> list[str]:
-    """What differs, the first few in the order of the run."""
+def compare(
+    expected: dict[str, Any], results: dict[str, Any], magnification: float = 1.0, vanishing: tuple[str, ...] = ()
+) -> list[str]:
+    """What differs, the first few in the order of the run. Gradients that vanish are compared by the size of the others."""
+    gradients = {name: value for name, value in expected.items() if name.startswith("gradient of") and isinstance(value, Tensor)}
+    for name in (f"gradient of {parameter}" for parameter in vanishing):
+        if name in gradients and isinstance(results.get(name), Tensor):
+            largest = max(float(reach(value)) for value in gradients.values())
+            expected, results = ({**of, name: of[name] + largest} for of in (expected, results))
     found = [f"{name} is missing" for name in expected if name not in results]
     found += [f"{name} is new" for name in results if name not in expected]
     for name in expected:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from twins_dit import DiT, DiTBlock, FinalLayer, drawn
+from twins_dit import DiT, DiTBlock, FinalLayer, LightningDiTBlock, RMSNorm, drawn
 
 import mmgen_kernels as mk
 from mmgen_kernels.patching import dit, verification
@@ -34,10 +34,11 @@ def results(model, dtype=torch.float32, call=None, dim=D):
 
 def assert_close(got, expected):
     assert got.keys() == expected.keys()
+    of_all = max(float(of.abs().max()) for of in expected.values())
     for name, of in expected.items():
         relative, absolute = TOLERANCES[of.dtype]
         assert got[name].dtype == of.dtype, name
-        largest = float(of.abs().max())
+        largest = of_all if name.endswith("k_norm.bias") else float(of.abs().max())  # which is 0 but for roundings
         assert torch.allclose(got[name], of, rtol=relative, atol=absolute * largest), name
 
 
@@ -48,8 +49,11 @@ def block_calls(model, *arguments):
     return sum(event.name == "mmgen_kernels::dit_block" for event in profile.events())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("options", ({}, {"affine": True}, {"approximate": "none"}, {"mlp_ratio": 2.5}), ids=str)
+OPTIONS = ({}, {"affine": True}, {"approximate": "none"}, {"mlp_ratio": 2.5}, {"qk_norm": nn.LayerNorm}, {"qk_norm": RMSNorm})
+EXACT = (torch.float64, torch.float32)  # in bf16 only verification compares the others, with what stock rounds besides
+
+
+@pytest.mark.parametrize(("options", "dtype"), [*((o, d) for o in OPTIONS for d in EXACT), ({}, torch.bfloat16)], ids=str)
 def test_served(options, dtype):
     model = drawn(DiT(**options)).to(dtype)
     expected = results(model, dtype)
@@ -60,6 +64,19 @@ def test_served(options, dtype):
     after = results(model, dtype)
     assert all(torch.equal(after[name], expected[name]) for name in expected)  # reverted to the bit
     assert block_calls(model, *inputs(dtype)) == 0
+
+
+@pytest.mark.parametrize("shifts", (True, False))
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_lightning(shifts, dtype):
+    block = drawn(LightningDiTBlock(D, 2, shifts)).to(dtype)
+    expected = results(block, dtype)
+    turned = block(*inputs(dtype), lambda x: 2 * x)
+    with mk.patch(block, strict=True):
+        assert_close(results(block, dtype), expected)
+        assert block_calls(block, *inputs(dtype), None) == 1
+        assert torch.equal(block(*inputs(dtype), lambda x: 2 * x), turned)  # stock's
+        assert torch.equal(block(*inputs(dtype), feat_rope=lambda x: 2 * x), turned)
 
 
 def test_under_autocast():
@@ -80,11 +97,13 @@ def test_under_autocast():
         (lambda b: setattr(b.attn, "q_norm", nn.LayerNorm(24)), "q_norm is LayerNorm"),
         (lambda b: setattr(b.attn, "attn_drop", nn.Dropout(0.1)), "attn_drop is Dropout"),
         (lambda b: setattr(b.mlp, "act", nn.SiLU()), "mlp.act is a SiLU"),
-        (lambda b: setattr(b, "norm1", nn.RMSNorm(D)), "norm1 is a RMSNorm"),
-        (lambda b: setattr(b, "norm2", nn.LayerNorm(D, eps=1e-5)), "norm1 has eps 1e-06, norm2 1e-05"),
+        (lambda b: setattr(b, "norm1", nn.GroupNorm(2, D)), "norm1 is a GroupNorm"),
+        (lambda b: setattr(b, "norm1", RMSNorm(D)), "norm1 is RMSNorm()"),
+        (lambda b: setattr(b, "norm1", nn.LayerNorm(7)), "norm1 is over (7,)"),
+        (lambda b: setattr(b, "norm2", nn.LayerNorm(D, eps=1e-5)), "norm2 LayerNorm((48,), eps=1e-05"),
         (lambda b: setattr(b.attn, "num_heads", 5), "num_heads = 5"),
         (lambda b: setattr(b.attn, "qkv", nn.Sequential(nn.Linear(D, 3 * D))), None),
-        (lambda b: setattr(b.adaLN_modulation, "1", nn.Linear(D, 4 * D)), "6 vectors of 48"),
+        (lambda b: setattr(b.adaLN_modulation, "1", nn.Linear(D, 5 * D)), "6 or 4 vectors of 48"),
         (lambda b: setattr(b.mlp, "fc1", type("LoRA", (nn.Linear,), {})(D, 4 * D)), "fc1 is a LoRA"),
     ),
 )

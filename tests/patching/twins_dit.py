@@ -6,19 +6,30 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        wide = x.float() if x.dtype != torch.float64 else x
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
+
+
 class Attention(nn.Module):
-    def __init__(self, dim, num_heads, qk_norm=False, attn_drop=0.0):
+    def __init__(self, dim, num_heads, qk_norm=None, attn_drop=0.0):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (qk_norm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
         self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(0.0)
 
-    def forward(self, x):
+    def forward(self, x, rope=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, T, head_dim)
-        p = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=p)
+        q, k, p = self.q_norm(q), self.k_norm(k), self.attn_drop.p if self.training else 0.0
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
@@ -30,6 +41,16 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
 
 
 def modulated(norm, x, shift, scale):
@@ -46,6 +67,26 @@ class DiTBlock(nn.Module):
     def forward(self, x, c):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulated(self.norm1, x, shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulated(self.norm2, x, shift_mlp, scale_mlp))
+
+
+class LightningDiTBlock(nn.Module):
+    """RMS norms, SwiGLU, a norm of queries and keys, an embedding of positions as an argument and, without shifts, four vectors."""
+
+    def __init__(self, dim, num_heads, shifts=True):
+        super().__init__()
+        self.norm1, self.norm2, self.shifts = RMSNorm(dim), RMSNorm(dim), shifts
+        self.attn, self.mlp = Attention(dim, num_heads, qk_norm=RMSNorm), SwiGLU(dim, 2 * dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if shifts else 4) * dim))
+
+    def forward(self, x, c, feat_rope=None):
+        vectors = self.adaLN_modulation(c)
+        if self.shifts:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors.chunk(6, dim=1)
+        else:
+            scale_msa, gate_msa, scale_mlp, gate_mlp = vectors.chunk(4, dim=1)
+            shift_msa = shift_mlp = torch.zeros_like(scale_msa)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulated(self.norm1, x, shift_msa, scale_msa), rope=feat_rope)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulated(self.norm2, x, shift_mlp, scale_mlp))
 
 
