@@ -34,6 +34,8 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("gate_residual_adaln_backward", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_adaln_backward_cpu));
   m.impl("attention", TORCH_BOX(&mmgen_kernels::attn::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&mmgen_kernels::attn::attention_backward_cpu));
+  m.impl("joint_attention", TORCH_BOX(&mmgen_kernels::attn::joint_attention_cpu));
+  m.impl("joint_attention_backward", TORCH_BOX(&mmgen_kernels::attn::joint_attention_backward_cpu));
   m.impl("qk_norm_rope", TORCH_BOX(&mmgen_kernels::attn::qk_norm_rope_cpu));
   m.impl("qk_norm_rope_backward", TORCH_BOX(&mmgen_kernels::attn::qk_norm_rope_backward_cpu));
   m.impl("mlp_activation", TORCH_BOX(&mmgen_kernels::blocks::mlp_activation_cpu));

@@ -1,6 +1,7 @@
 """Fused operations for multimodal generative models."""
 
 from mmgen_kernels import backends, nn
+from mmgen_kernels.attn.joint_attention import joint_attention
 from mmgen_kernels.attn.ops import AttentionOutput, attention
 from mmgen_kernels.attn.qk_norm_rope import qk_norm_rope, rope_table
 from mmgen_kernels.backends import backend_report, use_backend
@@ -46,6 +47,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_adaln",
     "gather_codes",
+    "joint_attention",
     "kmeans",
     "nearest_code",
     "nn",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NORMS = ("layer", "rms")
 
 
 def check_floats(name: str, tensor: Tensor) -> None:
@@ -24,6 +27,12 @@ def check_device(name: str, tensor: Tensor, other: str, than: Tensor) -> None:
         raise ValueError(f"{name} must be on {other}'s device {than.device}, got {tensor.device}")
 
 
+def check_integers(name: str, tensor: Tensor, other: str, than: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    check_device(name, tensor, other, than)
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -32,3 +41,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def check_number(name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_eps(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")

@@ -46,7 +46,7 @@ void store_tile(__m512i (&v)[16], bool transposed, std::byte*& to) {
 // Rows lie apart in memory, too few bytes of each for the processor to see them coming.
 void announce(const Rows& rows, int64_t begin, int64_t count) {
   for (int64_t i = begin; i < begin + count && i < rows.count; ++i)
-    for (int64_t byte = 0; byte < 2 * rows.dim; byte += 64) _mm_prefetch(rows.data + i * rows.stride + byte, _MM_HINT_T0);
+    for (int64_t byte = 0; byte < 2 * rows.dim; byte += 64) _mm_prefetch(rows.row(i) + byte, _MM_HINT_T0);
 }
 
 template <bool TRANSPOSED>
@@ -57,9 +57,8 @@ void pack_rows(const Rows& from, int64_t padded, std::byte* to) {
     for (int64_t d = 0; d < from.dim; d += 32) {
       const __mmask32 there = first32(from.dim - d);
       const int64_t count = from.count - row;
-      const char* at = from.data + row * from.stride + 2 * d;
       __m512i v[16];
-      for (int i = 0; i < 16; ++i, at += from.stride) v[i] = i < count ? _mm512_maskz_loadu_epi16(there, at) : __m512i{};
+      for (int i = 0; i < 16; ++i) v[i] = i < count ? _mm512_maskz_loadu_epi16(there, from.row(row + i) + 2 * d) : __m512i{};
       store_tile(v, TRANSPOSED, to);
     }
   }
@@ -73,9 +72,8 @@ void pack_pairs(const Rows& from, int64_t padded, std::byte* to) {
     for (int64_t d = 0; d < from.dim; d += 16) {
       const __mmask16 there = first16(from.dim - d);
       const int64_t count = from.count - row;
-      const char* at = from.data + row * from.stride + 2 * d;
       const auto wide = [&](int i) {
-        return i < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, at + i * from.stride)) : __m512i{};
+        return i < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from.row(row + i) + 2 * d)) : __m512i{};
       };
       __m512i v[16];
       for (int i = 0; i < 16; ++i) v[i] = _mm512_or_si512(wide(2 * i), _mm512_slli_epi32(wide(2 * i + 1), 16));
@@ -306,7 +304,7 @@ void dots(const Rows& a, const Rows& b, float* out) {
     __m512 sum{};
     for (int64_t d = 0; d < a.dim; d += 32) {
       const auto part = [&](const Rows& of) {
-        return (__m512bh)_mm512_maskz_loadu_epi16(first32(of.dim - d), of.data + i * of.stride + 2 * d);
+        return (__m512bh)_mm512_maskz_loadu_epi16(first32(of.dim - d), of.row(i) + 2 * d);
       };
       sum = _mm512_dpbf16_ps(sum, part(a), part(b));
     }
@@ -329,7 +327,7 @@ void write(const Sums& sums, const float* factor, const Rows& to) {
       if constexpr (TRANSPOSED) transpose(v);
       for (int64_t r = 0; r < side && row + r < to.count; ++r) {
         const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(v[r]), _mm512_set1_ps(factor[row + r]));
-        _mm256_mask_storeu_epi16(to.data + (row + r) * to.stride + 2 * d, first16(to.dim - d), (__m256i)_mm512_cvtneps_pbh(value));
+        _mm256_mask_storeu_epi16(to.row(row + r) + 2 * d, first16(to.dim - d), (__m256i)_mm512_cvtneps_pbh(value));
       }
     }
   }

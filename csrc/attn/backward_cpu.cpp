@@ -100,7 +100,7 @@ class Backward {
   }
 
   void write(const Tokens& to, int64_t b, int64_t begin, int64_t count, int64_t head, Real factor, const Buffer<Real>& sum) const {
-    if (to.tensor.numel() == 0) return;  // nobody asked for it
+    if (to.length == 0) return;  // nobody asked for it
     for (int64_t i = 0; i < count; ++i)
       p.kernels.narrow[to.dtype](sum.data() + i * p.ld, factor, p.dim, to.row(b, begin + i, head));
   }
@@ -184,34 +184,45 @@ class BiasGradient {
   Buffer<Real> sums;
 };
 
-template <class Worker, class Gradients, class Real>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Problem<Real>& p, const Upstream& up, const Optional& bias,
-                                                    const bool (&needed)[4]) {
-  const auto grad_of = [&](int i, const Tensor& t) { return needed[i] ? empty_as(t) : empty(t, {0}, t.scalar_type()); };
-  const auto tokens = [](const Tensor& t) {
-    return Tokens(t.dim() == 4 ? t : torch::stable::new_empty(t, {0, 0, 0, 0}, t.scalar_type()));
+// Fills in the gradients; those that nobody needs have no tokens.
+template <class Worker, class Real>
+void backward(const Problem<Real>& p, const Upstream& up, const Tokens& grad_q, const Tokens& grad_k, const Tokens& grad_v) {
+  const auto make = [&] {
+    return [&, worker = Worker(p, up, grad_q, grad_k, grad_v)](int64_t i) mutable { worker(p.pieces[i / p.k.heads], i % p.k.heads); };
   };
-  Tensor grad_q = grad_of(0, p.q.tensor), grad_k = grad_of(1, p.k.tensor), grad_v = grad_of(2, p.v.tensor);
-  const auto pieces = static_cast<int64_t>(p.pieces.size());
-  if (needed[0] || needed[1] || needed[2]) {
-    const Tokens of_q = tokens(grad_q), of_k = tokens(grad_k), of_v = tokens(grad_v);
-    const auto make = [&] {
-      return [&, worker = Worker(p, up, of_q, of_k, of_v)](int64_t i) mutable { worker(p.pieces[i / p.k.heads], i % p.k.heads); };
-    };
-    parallel_on_demand(pieces * p.k.heads, make, p.q.length * p.k.length * p.dim / 4 * p.group);
-  }
-  if (!needed[3] || !bias) return {grad_q, grad_k, grad_v, empty(p.q.tensor, {0}, p.q.tensor.scalar_type())};
-  const Tensor grad_bias = empty_as(*bias);
-  const int64_t heads = grad_bias.size(1), rows = grad_bias.size(2), row_blocks = (rows + block_queries - 1) / block_queries;
-  if (grad_bias.numel() > 0)
-    parallel_on_demand(grad_bias.size(0) * heads * row_blocks, [&] {
-      return [&, worker = BiasGradient<Gradients, Real>(p, up, grad_bias)](int64_t i) mutable {
-        const int64_t begin = i % row_blocks * block_queries;
-        worker(i / row_blocks / heads, i / row_blocks % heads, begin, std::min(block_queries, rows - begin));
-      };
-    });
-  return {grad_q, grad_k, grad_v, grad_bias};
+  parallel_on_demand(static_cast<int64_t>(p.pieces.size()) * p.k.heads, make, p.q.length * p.k.length * p.dim / 4 * p.group);
 }
+
+template <class Gradients, class Real>
+void backward_of_bias(const Problem<Real>& p, const Upstream& up, const Tensor& grad) {
+  const int64_t heads = grad.size(1), rows = grad.size(2), row_blocks = (rows + block_queries - 1) / block_queries;
+  if (grad.numel() == 0) return;
+  parallel_on_demand(grad.size(0) * heads * row_blocks, [&] {
+    return [&, worker = BiasGradient<Gradients, Real>(p, up, grad)](int64_t i) mutable {
+      const int64_t begin = i % row_blocks * block_queries;
+      worker(i / row_blocks / heads, i / row_blocks % heads, begin, std::min(block_queries, rows - begin));
+    };
+  });
+}
+
+struct Gradients {
+  Tokens q, k, v;
+  const Tensor* bias;
+
+  template <class Worker, class OfLogits, class Real>
+  void fill(const Problem<Real>& p, const Upstream& up) const {
+    if (q.length > 0 || k.length > 0 || v.length > 0) backward<Worker>(p, up, q, k, v);
+    if (bias) backward_of_bias<OfLogits>(p, up, *bias);
+  }
+  void operator()(const Tokens& of_q, const Tokens& of_k, const Tokens& of_v, const Optional& bias, const std::vector<Piece>& pieces,
+                  bool causal, double scale, const Upstream& up) const {
+    const auto problem = [&]<class Real>(Real) { return Problem<Real>(of_q, of_k, of_v, bias, pieces, causal, scale); };
+    if (of_q.bytes == 8) fill<Backward<double>, LogitGradients<double>>(problem(double()), up);
+    else if (on_tiles(of_q) && on_tiles(up.grad_out) && on_tiles(up.out))
+      fill<TiledBackward, TiledLogitGradients>(problem(float()), up);
+    else fill<Backward<float>, LogitGradients<float>>(problem(float()), up);
+  }
+};
 
 }  // namespace
 
@@ -219,16 +230,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Optional& grad_out, const Optional& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias,
     const Optional& key_lengths, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, const Tensor& out, const Tensor& lse,
     bool causal, double scale, bool, bool need_grad_q, bool need_grad_k, bool need_grad_v, bool need_grad_bias) {
-  const bool needed[] = {need_grad_q, need_grad_k, need_grad_v, need_grad_bias};
-  Tensor upstream = grad_out ? *grad_out : zeros_as(q);
-  const auto problem = [&]<class Real>(Real) {
-    return Problem<Real>(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale);
+  const auto grad_of = [](bool needed, const Tensor& t) { return needed ? empty_as(t) : empty(t, {0}, t.scalar_type()); };
+  const auto tokens = [&](const Tensor& grad) { return Tokens(grad.dim() == 4 ? grad : empty(q, {0, 0, 0, 0}, q.scalar_type())); };
+  const Tensor grad_q = grad_of(need_grad_q, q), grad_k = grad_of(need_grad_k, k), grad_v = grad_of(need_grad_v, v);
+  const bool through_bias = need_grad_bias && bias;
+  const Tensor grad_bias = grad_of(through_bias, bias ? *bias : q);
+  const Tokens queries(q), keys(k);
+  const Upstream up(Tokens(grad_out ? *grad_out : zeros_as(q)), Tokens(out), lse, grad_lse);
+  const Gradients gradients{tokens(grad_q), tokens(grad_k), tokens(grad_v), through_bias ? &grad_bias : nullptr};
+  gradients(queries, keys, Tokens(v), bias, pieces_of(queries, keys, key_lengths, cu_seqlens_q, cu_seqlens_k), causal, scale, up);
+  return {grad_q, grad_k, grad_v, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> joint_attention_backward_cpu(
+    const Optional& grad_out_1, const Optional& grad_out_2, const Tensor& q_1, const Tensor& k_1, const Tensor& v_1, const Tensor& q_2,
+    const Tensor& k_2, const Tensor& v_2, const Optional& key_lengths_1, const Optional& key_lengths_2, const Tensor& out_1,
+    const Tensor& out_2, const Tensor& lse, double scale, bool need_grad_q_1, bool need_grad_k_1, bool need_grad_v_1,
+    bool need_grad_q_2, bool need_grad_k_2, bool need_grad_v_2) {
+  const JointTokens joint(q_1, k_1, v_1, q_2, k_2, v_2, key_lengths_1, key_lengths_2);
+  const Upstream up(Tokens(grad_out_1 ? *grad_out_1 : zeros_as(q_1), grad_out_2 ? *grad_out_2 : zeros_as(q_2)), Tokens(out_1, out_2),
+                    lse, {});
+  // What one stream needs is made for both. Keys beyond key_lengths are in no sum.
+  const auto grad_of = [&](bool needed, const Tensor& t) {
+    if (!needed) return empty(t, {0}, t.scalar_type());
+    return key_lengths_1 || key_lengths_2 ? zeros_as(t) : empty_as(t);
   };
-  const Upstream up(upstream, out, lse, grad_lse);
-  if (is_double(q)) return backward<Backward<double>, LogitGradients<double>>(problem(double()), up, bias, needed);
-  if (on_tiles(q) && on_tiles(upstream) && on_tiles(out))
-    return backward<TiledBackward, TiledLogitGradients>(problem(float()), up, bias, needed);
-  return backward<Backward<float>, LogitGradients<float>>(problem(float()), up, bias, needed);
+  const bool q = need_grad_q_1 || need_grad_q_2, k = need_grad_k_1 || need_grad_k_2, v = need_grad_v_1 || need_grad_v_2;
+  const Tensor grads[] = {grad_of(q, q_1), grad_of(k, k_1), grad_of(v, v_1), grad_of(q, q_2), grad_of(k, k_2), grad_of(v, v_2)};
+  const auto tokens = [&](bool needed, int i, const Tokens& like) {
+    if (!needed) return Tokens(empty(q_1, {0, 0, 0, 0}, q_1.scalar_type()));
+    return Tokens(grads[i], grads[i + 3], like.of_first);
+  };
+  const Gradients gradients{tokens(q, 0, joint.q), tokens(k, 1, joint.k), tokens(v, 2, joint.v), nullptr};
+  gradients(joint.q, joint.k, joint.v, {}, joint.pieces, false, scale, up);
+  const auto asked = [&](bool needed, int i) { return needed ? grads[i] : grad_of(false, q_1); };
+  return {asked(need_grad_q_1, 0), asked(need_grad_k_1, 1), asked(need_grad_v_1, 2),
+          asked(need_grad_q_2, 3), asked(need_grad_k_2, 4), asked(need_grad_v_2, 5)};
 }
 
 }  // namespace mmgen_kernels::attn

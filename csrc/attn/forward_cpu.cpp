@@ -11,7 +11,7 @@ class Forward {
   // Queries that share one packing of the keys: packing takes 2 % of the time. Theirs is 120 KiB of sums at 72 channels.
   static constexpr int64_t queries_at_a_time = 4 * block_queries;
 
-  Forward(const Problem<Real>& problem, int64_t most_queries, char* out, const LogSumExp& lse)
+  Forward(const Problem<Real>& problem, int64_t most_queries, const Tokens& out, const LogSumExp& lse)
       : p(problem), out(out), lse(lse), panel_q(most_queries * p.ld), sums(most_queries * p.ld), keys(block_keys * p.ld),
         transposed(block_keys * p.dim), values(block_keys * p.ld), weights(std::min(block_queries, most_queries) * block_keys),
         maximum(most_queries), divisor(most_queries) {}
@@ -37,8 +37,7 @@ class Forward {
     for (int64_t i = 0; i < item.count; ++i) {
       const int64_t t = piece.q_begin + item.begin + i, head = piece.b * p.q.heads + item.head;
       const Real d = divisor[i];  // 0 where no key was seen; NaN stays
-      p.kernels.narrow[p.q.dtype](sums.data() + i * p.ld, d == 0 ? Real(0) : 1 / d, p.dim,
-                                  out + ((piece.b * p.q.length + t) * p.q.heads + item.head) * p.dim * p.q.bytes);
+      p.kernels.narrow[p.q.dtype](sums.data() + i * p.ld, d == 0 ? Real(0) : 1 / d, p.dim, out.row(piece.b, t, item.head));
       lse.write(head * p.q.length + t, double(maximum[i]) + std::log(double(d)));
     }
   }
@@ -57,16 +56,13 @@ class Forward {
   }
 
   const Problem<Real>& p;
-  char* out;
+  const Tokens& out;
   LogSumExp lse;
   Buffer<Real> panel_q, sums, keys, transposed, values, weights, maximum, divisor;
 };
 
 template <class Worker, class Real>
-std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
-  const bool narrow = p.q.bytes == 2;
-  const Tensor out = empty_as(p.q.tensor);
-  const Tensor lse = empty(p.q.tensor, {p.q.samples, p.q.heads, p.q.length}, narrow ? ScalarType::Float : ScalarType::Double);
+void forward(const Problem<Real>& p, const Tokens& out, const Tensor& lse) {
   std::vector<Item> items;
   int64_t most_queries = 0;
   for (const Piece& piece : p.pieces) {
@@ -75,14 +71,22 @@ std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
       for (int64_t t = 0; t < piece.queries; t += Worker::queries_at_a_time)
         items.push_back({&piece, head, t, std::min(Worker::queries_at_a_time, piece.queries - t)});
   }
-  auto* out_data = static_cast<char*>(out.mutable_data_ptr());
   const LogSumExp lse_data(lse);
   const auto make = [&] {
-    return [&, worker = Worker(p, most_queries, out_data, lse_data)](int64_t i) mutable { worker(items[i]); };
+    return [&, worker = Worker(p, most_queries, out, lse_data)](int64_t i) mutable { worker(items[i]); };
   };
   // 8 products of a cycle's 32
   parallel_on_demand(static_cast<int64_t>(items.size()), make, most_queries * p.k.length * p.dim / 8);
-  return {out, lse};
+}
+
+// Fills in `out`, and returns lse.
+Tensor forward(const Tokens& q, const Tokens& k, const Tokens& v, const Optional& bias, const std::vector<Piece>& pieces, bool causal,
+               double scale, const Tokens& out) {
+  const Tensor lse = empty(q.first.tensor, {q.samples, q.heads, q.length}, q.bytes == 2 ? ScalarType::Float : ScalarType::Double);
+  if (q.bytes == 8) forward<Forward<double>>(Problem<double>(q, k, v, bias, pieces, causal, scale), out, lse);
+  else if (on_tiles(q)) forward<TiledForward>(Problem<float>(q, k, v, bias, pieces, causal, scale), out, lse);
+  else forward<Forward<float>>(Problem<float>(q, k, v, bias, pieces, causal, scale), out, lse);
+  return lse;
 }
 
 }  // namespace
@@ -90,12 +94,19 @@ std::tuple<Tensor, Tensor> forward(const Problem<Real>& p) {
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias,
                                          const Optional& key_lengths, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
                                          bool causal, double scale, bool) {
-  const auto problem = [&]<class Real>(Real) {
-    return Problem<Real>(q, k, v, bias, key_lengths, cu_seqlens_q, cu_seqlens_k, causal, scale);
-  };
-  if (is_double(q)) return forward<Forward<double>>(problem(double()));
-  if (on_tiles(q)) return forward<TiledForward>(problem(float()));
-  return forward<Forward<float>>(problem(float()));
+  const Tokens queries(q), keys(k);
+  const Tensor out = empty_as(q);
+  const auto pieces = pieces_of(queries, keys, key_lengths, cu_seqlens_q, cu_seqlens_k);
+  return {out, forward(queries, keys, Tokens(v), bias, pieces, causal, scale, Tokens(out))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_attention_cpu(const Tensor& q_1, const Tensor& k_1, const Tensor& v_1, const Tensor& q_2,
+                                                       const Tensor& k_2, const Tensor& v_2, const Optional& key_lengths_1,
+                                                       const Optional& key_lengths_2, double scale) {
+  const Tensor out_1 = empty_as(q_1), out_2 = empty_as(q_2);
+  const JointTokens joint(q_1, k_1, v_1, q_2, k_2, v_2, key_lengths_1, key_lengths_2);
+  const Tensor lse = forward(joint.q, joint.k, joint.v, {}, joint.pieces, false, scale, Tokens(out_1, out_2));
+  return {out_1, out_2, lse};
 }
 
 }  // namespace mmgen_kernels::attn

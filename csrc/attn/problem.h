@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "aligned.h"
@@ -17,20 +18,39 @@ template <class T>
 using Buffer = std::vector<T, Aligned<T>>;
 
 // (B, T, H, D), read by row.
-struct Tokens {
+struct Stream {
   Tensor tensor;  // keeps the data alive
-  char* data;
+  char* data = nullptr;
+  int64_t length = 0, stride[3] = {};  // bytes, from sample to sample, token to token, head to head
+
+  Stream() = default;
+  explicit Stream(const Tensor& t) : tensor(with_dense_channels(t)), length(tensor.size(1)) {
+    data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+    for (int i = 0; i < 3; ++i) stride[i] = tensor.stride(i) * int64_t(tensor.element_size());
+  }
+  char* row(int64_t b, int64_t t, int64_t h) const { return data + b * stride[0] + t * stride[1] + h * stride[2]; }
+};
+
+// The tokens of one stream, or of two, one after the other. Of the first some samples may have fewer than it has room for: those of
+// the second follow at once.
+struct Tokens {
+  Stream first, second;
+  std::vector<int64_t> of_first;  // of each sample; empty where there is no second
   int dtype;
   int64_t samples, length, heads, dim, bytes;
 
-  explicit Tokens(const Tensor& t) : tensor(with_dense_channels(t)) {
-    data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
-    dtype = static_cast<int>(float_of(tensor.scalar_type()));
-    samples = tensor.size(0), length = tensor.size(1), heads = tensor.size(2), dim = tensor.size(3);
-    bytes = tensor.element_size();
+  explicit Tokens(const Tensor& t)
+      : first(t), dtype(static_cast<int>(float_of(t.scalar_type()))), samples(t.size(0)), length(t.size(1)), heads(t.size(2)),
+        dim(t.size(3)), bytes(t.element_size()) {}
+  Tokens(const Tensor& one, const Tensor& other, std::vector<int64_t> of_first) : Tokens(one) {
+    second = Stream(other), this->of_first = std::move(of_first), length += second.length;
   }
+  Tokens(const Tensor& one, const Tensor& other) : Tokens(one, other, std::vector<int64_t>(one.size(0), one.size(1))) {}
+
+  int64_t split(int64_t b) const { return of_first.empty() ? length : of_first[b]; }
   char* row(int64_t b, int64_t t, int64_t h) const {
-    return data + (b * tensor.stride(0) + t * tensor.stride(1) + h * tensor.stride(2)) * bytes;
+    const int64_t at = split(b);
+    return t < at ? first.row(b, t, h) : second.row(b, t - at, h);
   }
 };
 
@@ -78,7 +98,7 @@ inline std::vector<Piece> pieces_of(const Tokens& q, const Tokens& k, const Opti
   std::vector<Piece> pieces;
   const int64_t T = q.length, S = k.length;
   if (!cu_seqlens_q || !cu_seqlens_k) {
-    Tensor lengths = key_lengths ? torch::stable::contiguous(*key_lengths) : q.tensor;
+    const Tensor lengths = key_lengths ? torch::stable::contiguous(*key_lengths) : Tensor();
     for (int64_t b = 0; b < q.samples; ++b) {
       const int64_t keys = key_lengths ? std::clamp<int64_t>(integer_at(lengths, b), 0, S) : S;
       pieces.push_back({b, 0, T, 0, keys, S - keys});
@@ -96,6 +116,28 @@ inline std::vector<Piece> pieces_of(const Tokens& q, const Tokens& k, const Opti
   pieces.push_back({0, q_end, T - q_end, k_end, 0, S - k_end});
   return pieces;
 }
+
+// Two streams whose queries see the keys of both.
+struct JointTokens {
+  Tokens q, k, v;
+  std::vector<Piece> pieces;
+
+  JointTokens(const Tensor& q_1, const Tensor& k_1, const Tensor& v_1, const Tensor& q_2, const Tensor& k_2, const Tensor& v_2,
+              const Optional& key_lengths_1, const Optional& key_lengths_2)
+      : q(q_1, q_2), k(k_1, k_2, lengths(k_1, key_lengths_1)), v(v_1, v_2, k.of_first) {
+    const std::vector<int64_t> of_second = lengths(k_2, key_lengths_2);
+    for (int64_t b = 0; b < q.samples; ++b) pieces.push_back({b, 0, q.length, 0, k.of_first[b] + of_second[b], 0});
+  }
+
+ private:
+  static std::vector<int64_t> lengths(const Tensor& keys, const Optional& given) {
+    std::vector<int64_t> of(keys.size(0), keys.size(1));
+    if (!given) return of;
+    const Tensor contiguous = torch::stable::contiguous(*given);
+    for (size_t b = 0; b < of.size(); ++b) of[b] = std::clamp<int64_t>(integer_at(contiguous, b), 0, of[b]);
+    return of;
+  }
+};
 
 // (B, H, T): fp32 beside 16-bit queries, else fp64.
 struct LogSumExp {
@@ -121,11 +163,9 @@ struct Problem {
   double scale;
   int64_t dim, group, ld;  // heads of q for one of k; channels of a row in panels
 
-  Problem(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias, const Optional& key_lengths,
-          const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, bool causal, double scale)
-      : q(q), k(k), v(v), bias(bias), pieces(pieces_of(this->q, this->k, key_lengths, cu_seqlens_q, cu_seqlens_k)), causal(causal),
-        scale(scale), dim(this->q.dim), group(this->q.heads / this->k.heads),
-        ld((dim + kernels.width - 1) / kernels.width * kernels.width) {}
+  Problem(Tokens of_q, Tokens of_k, Tokens of_v, const Optional& bias, std::vector<Piece> pieces, bool causal, double scale)
+      : q(std::move(of_q)), k(std::move(of_k)), v(std::move(of_v)), bias(bias), pieces(std::move(pieces)), causal(causal),
+        scale(scale), dim(q.dim), group(q.heads / k.heads), ld((dim + kernels.width - 1) / kernels.width * kernels.width) {}
 
   // Rows [begin, begin + count) of a head as a panel, times `factor`.
   void panel(const Tokens& of, int64_t b, int64_t begin, int64_t count, int64_t head, Real factor, Real* out) const {
@@ -160,8 +200,8 @@ struct Upstream {
   LogSumExp lse, grad_lse;
   bool through_lse;  // there is a grad_lse
 
-  Upstream(const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Optional& grad_lse)
-      : grad_out(grad_out), out(out), lse_tensor(torch::stable::contiguous(lse)),
+  Upstream(Tokens grad_out, Tokens out, const Tensor& lse, const Optional& grad_lse)
+      : grad_out(std::move(grad_out)), out(std::move(out)), lse_tensor(torch::stable::contiguous(lse)),
         grad_lse_tensor(grad_lse ? torch::stable::contiguous(*grad_lse) : lse_tensor), lse(lse_tensor), grad_lse(grad_lse_tensor),
         through_lse(grad_lse) {}
 };

@@ -93,7 +93,7 @@ struct Side {
             .out = static_cast<char*>(const_cast<void*>(out.const_data_ptr())) + n * x.heads * row, .out_stride = row,
             .held = nullptr, .sum_weight = nullptr, .sum_bias = nullptr};
   }
-  static int64_t stride(const Tokens& rows) { return rows.tensor.stride(2) * rows.bytes; }
+  static int64_t stride(const Tokens& rows) { return rows.first.stride[2]; }
 };
 
 // work(side, piece, cos, sin) for the pieces of both sides; cos and sin are a thread's own.
@@ -111,7 +111,7 @@ void over_pieces(const std::array<Side<Real>*, 2>& sides, const Work& work) {
 
 template <class Real>
 std::tuple<Tensor, Tensor> forward(const std::array<Side<Real>*, 2>& sides) {
-  for (Side<Real>* side : sides) side->out = empty_as(side->x.tensor);
+  for (Side<Real>* side : sides) side->out = empty_as(side->x.first.tensor);
   over_pieces(sides, [](const Side<Real>& side, int64_t piece, Real* cos, Real* sin) {
     const int64_t end = std::min(side.tokens(), (piece + 1) * tokens_at_a_time);
     for (int64_t n = piece * tokens_at_a_time; n < end; ++n)

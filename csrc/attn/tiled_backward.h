@@ -131,7 +131,7 @@ class TiledBackward {
 
   // Sums are tiles [token][channel], or each of them transposed.
   void write(const Tokens& to, int64_t b, int64_t begin, int64_t count, int64_t head, double factor, Tiles& sum, bool transposed) {
-    if (to.tensor.numel() == 0) return;  // nobody asked for it
+    if (to.length == 0) return;  // nobody asked for it
     factors.assign(count, static_cast<float>(factor));
     const Rows rows = rows_of(to, b, begin, count, head);
     if (transposed) kernels.write_transposed({sum.data(), 1, channels.tiles}, factors.data(), rows);

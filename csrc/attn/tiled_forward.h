@@ -10,7 +10,7 @@ class TiledForward {
   // They share one packing of the keys.
   static constexpr int64_t queries_at_a_time = 512;
 
-  TiledForward(const Problem<float>& problem, int64_t most_queries, char* out, const LogSumExp& lse)
+  TiledForward(const Problem<float>& problem, int64_t most_queries, const Tokens& out, const LogSumExp& lse)
       : p(problem), kernels(*tile_kernels_of(selected())), session(kernels), channels(p.dim), out(out), lse(lse),
         block(p, block_keys), queries(filled_up(most_queries, tile_side) / tile_side * channels.steps * tile_bytes),
         sums(filled_up(most_queries, tile_side) / tile_side * channels.tiles * tile_bytes),
@@ -63,16 +63,14 @@ class TiledForward {
       factor[i] = divisor[i] == 0 ? 0.0f : 1 / divisor[i];  // 0 where no key was seen; NaN stays
       lse.write(head * p.q.length + from + i, double(maximum[i] + std::log(divisor[i])));
     }
-    const int64_t stride = p.q.heads * p.dim * p.q.bytes;
-    char* to = out + (piece.b * p.q.length + from) * stride + item.head * p.dim * p.q.bytes;
-    kernels.write_transposed({sums.data(), 1, channels.tiles}, factor.data(), {to, stride, item.count, p.dim});
+    kernels.write_transposed({sums.data(), 1, channels.tiles}, factor.data(), rows_of(out, piece.b, from, item.count, item.head));
   }
 
   const Problem<float>& p;
   const TileKernels& kernels;
   TileSession session;
   TiledChannels channels;
-  char* out;
+  const Tokens& out;
   LogSumExp lse;
   LogitBlock block;
   Tiles queries, sums, keys, values;

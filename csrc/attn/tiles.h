@@ -29,10 +29,14 @@ struct Sums {
   std::byte* tiles;
   int64_t next_row, next_column;
 };
-// bf16 in a tensor; strides in bytes.
+// bf16 in a tensor; strides in bytes. From row `split` on they are in another one.
 struct Rows {
   char* data;
-  int64_t stride, count, dim;
+  int64_t stride, count, dim, split;
+  char* other;
+  int64_t other_stride;
+
+  char* row(int64_t i) const { return i < split ? data + i * stride : other + (i - split) * other_stride; }
 };
 // What makes products logits: scale product + bias, and -inf for query i from key seen[i] on. bias (queries, keys) has rows of
 // `bias_row`; it and `seen` may be null.

@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmgen_kernels.checks import check_choice, check_device, check_floats, check_number
+from mmgen_kernels.checks import NORMS, check_choice, check_device, check_eps, check_floats, check_integers, check_number
 
 FAMILY = "attn"
-NORMS = ("rms", "layer")
 MAX_HEAD_DIM = 256
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
     """What is asked of a tensor is asked once: a look at its shape or device costs 0.2 us, and a small call takes 20."""
-    check_floats("q", q)
+    of = names[0]
+    check_floats(of, q)
     dtype, device, of_q = q.dtype, q.device, q.shape
-    for name, tensor in (("k", k), ("v", v)):
+    for name, tensor in ((names[1], k), (names[2], v)):
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-            raise TypeError(f"{name} must have q's dtype {dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+            raise TypeError(f"{name} must have {of}'s dtype {dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
         if tensor.device != device:
-            check_device(name, tensor, "q", q)
+            check_device(name, tensor, of, q)
     of_k, dims = k.shape, 3 if packed else 4
     if len(of_q) != dims:
         shape = "(N, H, D) with cu_seqlens_q" if packed else "(B, T, H, D)"
-        raise ValueError(f"q must be {shape}, got shape {tuple(of_q)}")
+        raise ValueError(f"{of} must be {shape}, got shape {tuple(of_q)}")
     heads, head_dim = of_q[-2], of_q[-1]
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q must have a head dimension that is a multiple of 8, up to {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"{of} must have a head dimension that is a multiple of 8, up to {MAX_HEAD_DIM}, got {head_dim}")
     if len(of_k) != dims or of_k[-1] != head_dim or not (packed or of_k[0] == of_q[0]):
         wanted = f"(M, G, {head_dim})" if packed else f"({of_q[0]}, S, G, {head_dim})"
-        raise ValueError(f"k must be {wanted}, got shape {tuple(of_k)}")
+        raise ValueError(f"{names[1]} must be {wanted}, got shape {tuple(of_k)}")
     if v.shape != of_k:
-        raise ValueError(f"v must have k's shape {tuple(of_k)}, got {tuple(v.shape)}")
+        raise ValueError(f"{names[2]} must have {names[1]}'s shape {tuple(of_k)}, got {tuple(v.shape)}")
     groups = of_k[-2]
     if groups < 1 or heads < 1 or heads % groups:
-        raise ValueError(f"k must have a number of heads that divides q's {heads}, got {groups}")
+        raise ValueError(f"{names[1]} must have a number of heads that divides {of}'s {heads}, got {groups}")
+
+
+def check_pair(name: str, pair: Sequence[Any]) -> None:
+    if not isinstance(pair, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple of two streams, got {type(pair).__name__}")
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a tuple of two streams, got {len(pair)} (`attention` takes one)")
+
+
+def check_joint(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], key_lengths: Sequence[Tensor | None] | None
+) -> None:
+    for name, pair in (("queries", queries), ("keys", keys), ("values", values)):
+        check_pair(name, pair)
+    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        check_qkv(q, k, v, False, (f"queries[{i}]", f"keys[{i}]", f"values[{i}]"))
+    (q, other), (k, other_k) = queries, keys
+    if other.dtype != q.dtype:
+        raise TypeError(f"queries[1] must have queries[0]'s dtype {q.dtype}, got {other.dtype}")
+    check_device("queries[1]", other, "queries[0]", q)
+    if other.shape[0] != q.shape[0] or other.shape[2:] != q.shape[2:]:
+        wanted = f"({q.shape[0]}, T, {q.shape[2]}, {q.shape[3]})"
+        raise ValueError(f"queries[1] must be {wanted}, as queries[0] is, got shape {tuple(other.shape)}")
+    if other_k.shape[2] != k.shape[2]:
+        raise ValueError(f"keys[1] must have keys[0]'s {k.shape[2]} heads, got {other_k.shape[2]}")
+    if key_lengths is None:
+        return
+    check_pair("key_lengths", key_lengths)
+    for i, lengths in enumerate(key_lengths):
+        if lengths is not None:
+            check_integers(f"key_lengths[{i}]", lengths, "queries[0]", q)
+            if lengths.shape != q.shape[:1]:
+                raise ValueError(f"key_lengths[{i}] must be ({q.shape[0]},), a number for each sample, got {tuple(lengths.shape)}")
 
 
 def as_bias(bias: Tensor | None, q: Tensor, k: Tensor, packed: bool) -> Tensor | None:
@@ -59,7 +93,7 @@ def check_key_lengths(key_lengths: Tensor | None, q: Tensor, packed: bool) -> No
         return
     if packed:
         raise ValueError("key_lengths must be None with cu_seqlens_q, which bounds the keys already")
-    check_integers("key_lengths", key_lengths, q)
+    check_integers("key_lengths", key_lengths, "q", q)
     if key_lengths.shape != q.shape[:1]:
         raise ValueError(f"key_lengths must be ({q.shape[0]},), a number for each sample, got shape {tuple(key_lengths.shape)}")
 
@@ -71,18 +105,12 @@ def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, q
             raise ValueError(f"{missing} must be given where the other is, got None")
         return
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_integers(name, tensor, q)
+        check_integers(name, tensor, "q", q)
         shape = tuple(tensor.shape)
         if len(shape) != 1 or shape[0] < 1:
             raise ValueError(f"{name} must be (C + 1,) for C sequences, got shape {shape}")
         if shape != (wanted := tuple(cu_seqlens_q.shape)):
             raise ValueError(f"cu_seqlens_k must have cu_seqlens_q's shape {wanted}, got {shape}")
-
-
-def check_integers(name: str, tensor: Tensor, q: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
-    check_device(name, tensor, "q", q)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -109,9 +137,7 @@ def check_norm(norm: str | None, across_heads: bool, eps: float) -> None:
         check_choice("norm", norm, NORMS)
     elif across_heads:
         raise ValueError("across_heads must be False without a norm, got norm=None")
-    check_number("eps", eps)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+    check_eps("eps", eps)
 
 
 def check_affine(name: str, parameter: Tensor | None, x: Tensor, norm: str | None, across_heads: bool) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from mmgen_kernels.checks import check_choice, check_device, check_floats, check_number
+from mmgen_kernels.checks import NORMS, check_choice, check_device, check_eps, check_floats, check_integers
 
-NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu_tanh", "gelu", "swiglu")
 
 
@@ -22,12 +19,6 @@ def check_x(x: Tensor) -> None:
 def check_norm(norm: str, eps: float) -> None:
     check_choice("norm", norm, NORMS)
     check_eps("eps", eps)
-
-
-def check_eps(name: str, eps: float) -> None:
-    check_number(name, eps)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, got {eps}")
 
 
 def check_vectors(x: Tensor, rows: Tensor | None, **vectors: Tensor | None) -> None:
@@ -52,7 +43,7 @@ def check_vectors(x: Tensor, rows: Tensor | None, **vectors: Tensor | None) -> N
 def check_rows(rows: Tensor | None, x: Tensor) -> None:
     if rows is None:
         return
-    check_integers("rows", rows, x)
+    check_integers("rows", rows, "x", x)
     if rows.shape != x.shape[:2]:
         raise ValueError(f"rows must have x's leading shape {tuple(x.shape[:2])}, got {tuple(rows.shape)}")
 
@@ -61,11 +52,11 @@ def check_visibility(key_lengths: Tensor | None, cu_seqlens: Tensor | None, x: T
     if key_lengths is not None:
         if cu_seqlens is not None:
             raise ValueError("key_lengths must be None with cu_seqlens, which bounds the keys already")
-        check_integers("key_lengths", key_lengths, x)
+        check_integers("key_lengths", key_lengths, "x", x)
         if key_lengths.shape != x.shape[:1]:
             raise ValueError(f"key_lengths must be ({x.shape[0]},), a number for each sample, got shape {tuple(key_lengths.shape)}")
     if cu_seqlens is not None:
-        check_integers("cu_seqlens", cu_seqlens, x)
+        check_integers("cu_seqlens", cu_seqlens, "x", x)
         if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
             raise ValueError(f"cu_seqlens must be (C + 1,), got shape {tuple(cu_seqlens.shape)}")
         if x.shape[0] != 1:
@@ -108,12 +99,6 @@ def check_qk_norm(
             raise ValueError(f"{name} must be ({T}, P) or ({B}, {T}, P) with P from 1 to {P}, got shape {tuple(table.shape)}")
     if cos is not None and sin is not None and (sin.shape != cos.shape or sin.dtype != cos.dtype):
         raise ValueError(f"sin must be as cos is, {tuple(cos.shape)} {cos.dtype}, got {tuple(sin.shape)} {sin.dtype}")
-
-
-def check_integers(name: str, tensor: Tensor, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
-    check_device(name, tensor, "x", x)
 
 
 def check_affine(x: Tensor, **parameters: Tensor | None) -> None:

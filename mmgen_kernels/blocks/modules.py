@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmgen_kernels.blocks.checks import ACTIVATIONS, NORMS
+from mmgen_kernels.blocks.checks import ACTIVATIONS
 from mmgen_kernels.blocks.ops import dit_block
-from mmgen_kernels.checks import check_choice
+from mmgen_kernels.checks import NORMS, check_choice
 from mmgen_kernels.modulation.ops import adaln
 
 

@@ -3,14 +3,13 @@ the GPU."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mmgen_kernels.checks import check_device, check_dtype, check_floats, check_number
+from mmgen_kernels.checks import check_device, check_dtype, check_floats
 
 if TYPE_CHECKING:
     from mmgen_kernels.modulation.ops import Vector
@@ -30,12 +29,6 @@ def check_y(y: Tensor, x: Tensor) -> None:
     if y.shape != x.shape:
         raise ValueError(f"y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
     check_device("y", y, "x", x)
-
-
-def check_eps(name: str, value: float) -> None:
-    check_number(name, value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
 def as_tokens(x: Tensor, rows: Tensor | None) -> Tensor:

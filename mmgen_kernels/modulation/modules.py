@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmgen_kernels.checks import check_choice
-from mmgen_kernels.modulation.ops import NORMS, adaln, gate_residual_adaln
+from mmgen_kernels.checks import NORMS, check_choice
+from mmgen_kernels.modulation.ops import adaln, gate_residual_adaln
 
 
 class RMSNorm(nn.Module):

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels import backends, library
-from mmgen_kernels.checks import check_choice
+from mmgen_kernels.checks import NORMS, check_choice, check_eps
 from mmgen_kernels.modulation import reference
 from mmgen_kernels.modulation.checks import (
     FAMILY,
     addressed,
     as_tokens,
     check_affine,
-    check_eps,
     check_rows,
     check_table,
     check_x,
@@ -25,7 +24,6 @@ from mmgen_kernels.modulation.checks import (
     output_dtype,
 )
 
-NORMS = ("layer", "rms")
 GATE_FNS = ("identity", "tanh", "sigmoid_one_minus")
 Vector = Tensor | Sequence[Tensor | None] | None
 

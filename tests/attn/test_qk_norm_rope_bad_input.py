@@ -24,7 +24,7 @@ BAD = {
     "k_channels": ({"k": K[..., :7]}, ValueError, r"k must be \(2, S, G, 8\).*got shape \(2, 6, 2, 7\)"),
     "k_no_heads": ({"k": K[:, :, :0]}, ValueError, r"k must be .*G at least 1, got shape \(2, 6, 0, 8\)"),
     "k_tokens": ({"k": K[:, :5]}, ValueError, "k must have q's 6 tokens where cos and sin are given, got 5"),
-    "norm": ({"norm": "batch"}, ValueError, "norm must be one of rms, layer, got 'batch'"),
+    "norm": ({"norm": "batch"}, ValueError, "norm must be one of layer, rms, got 'batch'"),
     "across_nothing": (
         {"norm": None, "across_heads": True, "q_weight": None},
         ValueError,

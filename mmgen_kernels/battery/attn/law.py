@@ -162,12 +162,11 @@ def prepared(
                     error, failure = tolerance.failure(name, result, by_torch()[name], truth[name])
                 worst = max(worst, error)
                 failures += [failure] if failure else []
-            failures += [f"{n} was written" for n, v in t.items() if not same_bits(v.detach().cpu(), on_cpu[n])]
+            failures += written(t, on_cpu)
             if implementation != "torch":
                 if implementation != "reference" or "cu_seqlens_q" not in t:
                     failures += differences("alone it differs:", lone_pieces(t, options, upstream, results))
-                if device.type == "cpu":
-                    failures += differences("the number of threads changes it", [("", results, on_other_threads(once))])
+                failures += changed_by_threads(device, results, once)
             return Outcome(worst, not differences("", [("", results, once())]), tuple(failures))
 
         return judge
@@ -183,6 +182,16 @@ def pair(
         Case("attn", "attention", name, dtypes, prepared(inputs, False, uses, options), quick),
         Case("attn", "attention_backward", name, dtypes, prepared(inputs, True, uses, options), quick),
     ]
+
+
+def written(t: Tensors, before: Tensors) -> list[str]:
+    return [f"{n} was written" for n, v in t.items() if not same_bits(v.detach().cpu(), before[n])]
+
+
+def changed_by_threads(device: torch.device, results: Tensors, once: Callable[[], Tensors]) -> list[str]:
+    if device.type != "cpu":
+        return []
+    return differences("the number of threads changes it", [("", results, on_other_threads(once))])
 
 
 def differences(what: str, pairs: list[tuple[Any, Tensors, Tensors]]) -> list[str]:

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery import Case, Outcome, on_other_threads, tolerance
+from mmgen_kernels.battery import Case, Outcome, tolerance
 from mmgen_kernels.battery.attn.data import BF16, FEW, FP16, FP32, FP64, LAYOUTS, SAME
-from mmgen_kernels.battery.attn.law import differences
+from mmgen_kernels.battery.attn.law import changed_by_threads, differences, written
 from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 
 Tensors = dict[str, Tensor]  # the arguments that are given, by name
 TABLES = ("cos", "sin")  # have no gradient
@@ -195,10 +194,9 @@ def prepared(inputs: Inputs, gradients: bool, uses: str, changed: dict[str, Any]
                 error, failure = tolerance.failure(name, result, plain[name], truth[name])
                 worst = max(worst, error)
                 failures += [failure] if failure else []
-            failures += [f"{n} was written" for n, v in t.items() if not same_bits(v.detach().cpu(), on_cpu[n])]
+            failures += written(t, on_cpu)
             failures += differences("alone it differs, sample", lone_samples(t, options, upstream, results))
-            if device.type == "cpu":
-                failures += differences("the number of threads changes it", [("", results, on_other_threads(once))])
+            failures += changed_by_threads(device, results, once)
             return Outcome(worst, not differences("", [("", results, once())]), tuple(failures))
 
         return judge

@@ -24,8 +24,8 @@ from mmgen_kernels.battery.modulation.data import (
     tiny,
 )
 from mmgen_kernels.battery.modulation.law import pair
+from mmgen_kernels.checks import NORMS
 
-NORMS = ("layer", "rms")
 DIT = "shift scale"
 EVERY = "shift scale shift_2 scale_2 weight bias table"
 adaln = partial(pair, "adaln")
