@@ -28,6 +28,22 @@ def test_attention_forward_and_backward(benchmark, projection):
     benchmark(step)
 
 
+def test_joint_attention(benchmark, projection):
+    text = torch.randn(4, 77, 3, 6, 64, dtype=projection.dtype)
+    streams = list(zip(text.unbind(2), projection.unbind(2), strict=True))
+    benchmark(mk.joint_attention, *streams)
+
+
+def test_joint_attention_forward_and_backward(benchmark, projection):
+    leaves = [torch.randn(4, 77, 3, 6, 64, dtype=projection.dtype).requires_grad_(), projection.requires_grad_()]
+
+    def step():
+        outs = mk.joint_attention(*zip(*(p.unbind(2) for p in leaves), strict=True))
+        return torch.autograd.grad(outs, leaves, [o.detach() for o in outs])
+
+    benchmark(step)
+
+
 def test_qk_norm_rope(benchmark, projection):
     q, k, _ = projection.unbind(2)
     cos, sin = mk.rope_table(torch.arange(256)[:, None], (64,))

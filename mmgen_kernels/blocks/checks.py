@@ -139,6 +139,12 @@ def check_heads(num_heads: int, qkv_weight: Tensor) -> int:
     return num_heads * head_dim
 
 
+def check_split(hidden_size: int, num_heads: int) -> None:
+    if num_heads < 1 or hidden_size % (8 * num_heads) or hidden_size > 256 * num_heads:
+        heads = "heads of a multiple of 8 channels, up to 256"
+        raise ValueError(f"num_heads must divide hidden_size = {hidden_size} into {heads}, got {num_heads}")
+
+
 def hidden_width(fc1_weight: Tensor, activation: str) -> int:
     """M: what the activation gives."""
     check_choice("activation", activation, ACTIVATIONS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmgen_kernels.blocks.checks import ACTIVATIONS
+from mmgen_kernels.blocks.checks import ACTIVATIONS, check_split
 from mmgen_kernels.blocks.ops import dit_block
 from mmgen_kernels.checks import NORMS, check_choice
 from mmgen_kernels.modulation.ops import adaln
@@ -61,10 +61,7 @@ class DiTBlock(nn.Module):
             check_choice("qk_norm", qk_norm, NORMS)
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("norm", norm, NORMS)
-        if num_heads < 1 or hidden_size % (8 * num_heads):
-            raise ValueError(
-                f"num_heads must divide hidden_size = {hidden_size} into heads of a multiple of 8 channels, got {num_heads}"
-            )
+        check_split(hidden_size, num_heads)
         D, M = hidden_size, int(hidden_size * mlp_ratio)
         self.num_heads, self.activation, self.norm, self.eps = num_heads, activation, norm, eps
         self.qk_norm, self.interleaved = qk_norm, interleaved
