@@ -42,9 +42,11 @@ STEPS_ASIDE = {
     (name, "cuda"): "Inductor fuses the reference; the Triton kernel is not yet measured against it"
     for name in ("adaln", "gate_residual", "gate_residual_adaln", "qk_norm_rope")
 }
+TRITON_ATTENTIONS = ("descriptors", "pointers", "warp_specialized")  # how the forward on Triton loads where it can; default first
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _forced: dict[str | None, str] = {}  # family (None: all) -> implementation; a module global, which Dynamo can guard
+triton_attention = os.environ.get("MMGEN_KERNELS_TRITON_ATTENTION", TRITON_ATTENTIONS[0])
 _warned: set[tuple[str, str]] = set()
 _library_error: str | None = None  # why the C++ part is not there
 _cuda_error: str | None = None  # why the CUDA part is not there
@@ -203,3 +205,5 @@ if chosen := os.environ.get("MMGEN_KERNELS_BACKEND"):
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"MMGEN_KERNELS_BACKEND must be one of {', '.join(IMPLEMENTATIONS)}, got {chosen!r}")
     _forced[None] = chosen
+if triton_attention not in TRITON_ATTENTIONS:
+    raise ValueError(f"MMGEN_KERNELS_TRITON_ATTENTION must be one of {', '.join(TRITON_ATTENTIONS)}, got {triton_attention!r}")

@@ -25,7 +25,7 @@ CPU_FLAGS = (
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
     *("asimd", "asimdhp", "bf16", "sve"),
 )
-VARIABLES = ("MMGEN_KERNELS_BACKEND", "MMGEN_KERNELS_CPU")
+VARIABLES = ("MMGEN_KERNELS_BACKEND", "MMGEN_KERNELS_CPU", "MMGEN_KERNELS_TRITON_ATTENTION")
 OUR_DISTRIBUTION = "mmgen-kernels"
 # PyPI's `mmgen` (OpenMMLab's MMGeneration) and `mmgen-wallet` install a package of the same name as ours.
 FOREIGN_FILES = ("version.py", "apis", "core", "datasets", "ops", "cfg.py", "opts.py", "main.py", "proto", "tw")
@@ -126,7 +126,7 @@ def info() -> str:
         f"  instructions   {' '.join(cpu_flags()) or 'unknown'}",
         f"  threads        {torch.get_num_threads()}",
         "environment",
-        *[f"  {name:<22} {os.environ.get(name) or 'not set'}" for name in VARIABLES],
+        *[f"  {name:<30} {os.environ.get(name) or 'not set'}" for name in VARIABLES],
         "C++ part",
         *[f"  {line}" for line in cpp_part()],
         "GPUs",

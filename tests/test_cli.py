@@ -227,8 +227,8 @@ def test_info(capsys, monkeypatch):
     loaded = "loaded         " + ("no: not built" if backends.library_error() else "yes")
     for text in (
         torch.__version__,
-        "MMGEN_KERNELS_CPU      avx2",
-        "MMGEN_KERNELS_BACKEND  not set",
+        f"{'MMGEN_KERNELS_CPU':<30} avx2",
+        f"{'MMGEN_KERNELS_BACKEND':<30} not set",
         loaded,
         "nearest_code on cpu:",
     ):

@@ -4,6 +4,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
             torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
@@ -21,6 +22,9 @@ class Recorder:
     def __getitem__(self, grid):
         return self.launch
 
+    def warmup(self, *args, grid, **kwargs):
+        """What does not compile, the launch will tell."""
+
     def launch(self, *args, **kwargs):
         names = [p.name for p in self.kernel.params]
         given = dict(zip(names, args, strict=False)) | {n: kwargs.pop(n) for n in list(kwargs) if n in names}
@@ -29,6 +33,8 @@ class Recorder:
             value, name = given[parameter.name], parameter.name
             if isinstance(value, torch.Tensor):
                 signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, tuple) and not parameter.is_constexpr:
                 signature[name] = tuple(POINTERS[v.dtype] for v in value)
                 attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}

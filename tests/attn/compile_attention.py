@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from triton_compile import TOOLS, machine_code
 from triton_launches import Recorder
 
+from mmgen_kernels import backends
 from mmgen_kernels.attn import triton_kernels
 from mmgen_kernels.attn.triton_kernels import backward, forward
 
@@ -30,6 +31,10 @@ PRESENT = {
     "bias": {"T": 1024, "bias": True},
     "lengths": {"T": 1024, "lengths": True, "groups": 2},
     "packed": {"T": 1024, "packed": True},
+    # the forward alone
+    "pointers": {"T": 1024, "way": "pointers"},
+    "warp_specialized": {"T": 1024, "way": "warp_specialized"},
+    "warp_specialized, causal": {"T": 1024, "way": "warp_specialized", "causal": True},
 }
 # products that a tile of (BLOCK_M, BLOCK_N) needs
 PRODUCTS = {"forward": 2, "backward_queries": 3, "backward_keys": 4, "backward_short": 5, "backward_bias": 2}
@@ -46,6 +51,9 @@ def describe(compiled):
     return machine_code(compiled) | {
         "matrix": {shape: shapes.count(shape) for shape in sorted(set(shapes))},
         "loops": [sum(loop) for loop in loops_of(code)],
+        "all_instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", code)),
+        "all_warps": compiled.metadata.num_warps,
+        "specialized": "ttg.warp_specialize" in compiled.asm["ttgir"],
     }
 
 
@@ -86,9 +94,11 @@ def facts(configuration, dim, dtype, capability):
     bounds = torch.zeros(5, dtype=torch.int32) if "packed" in options else None
     given = (q, k, v, bias, lengths, bounds, bounds)
     last = (options.get("causal", False), 0.1, True)
+    backends.triton_attention = options.get("way", backends.TRITON_ATTENTIONS[0])
     out, lse = triton_kernels.attention(*given, *last)
-    grad_lse = lse if "bias" in options else None
-    triton_kernels.attention_backward(out, grad_lse, *given, out, lse, *last, True, True, True, bias is not None)
+    if "way" not in options:
+        grad_lse = lse if "bias" in options else None
+        triton_kernels.attention_backward(out, grad_lse, *given, out, lse, *last, True, True, True, bias is not None)
     for code in found:
         code["kernel"] = code["kernel"].removeprefix("attention_")
         c = configuration_of(code["kernel"], dtype, dim, chip, bias is not None, bounds is not None)

@@ -58,18 +58,26 @@ def assert_good_code(requests):
     found = list(compiled(requests))
     for request, kernels in found:
         name, dim, dtype, capability = request
-        expected = ["forward", "backward_short"] if is_short(name, dim, capability) else LONG
+        expected = ["forward", "backward_short"] if is_short(name, dim, capability) else LONG if name in WAYS else ["forward"]
         assert [code["kernel"] for code in kernels] == ([*expected, "backward_bias"] if name == "bias" else expected)
         spilled = {code["kernel"]: code["stack"] for code in kernels if code["stack"] or code["spills"]}
         assert spilled == spills_of(*request), request
         for code in kernels:
             where = f"{request}: {code}"
             assert code["shared"] <= SHARED[capability], where
-            assert code["registers"] * 32 * code["warps"] <= 65536, where
+            assert code["registers"] * 32 * code["all_warps"] <= 65536, where
             assert (MATRIX[capability] in code["instructions"]) == (dtype != "float32"), where
             if capability == 90:
                 assert "HMMA" not in code["instructions"], where
+            by_descriptors = code["kernel"] == "forward" and name != "pointers" and has_descriptors(dim, dtype, capability)
+            assert ("UTMALDG" in code["instructions"]) == by_descriptors, where
+            assert code["specialized"] == name.startswith("warp_specialized"), where
     return {tuple(request): {code["kernel"]: code for code in kernels} for request, kernels in found}
+
+
+def has_descriptors(dim, dtype, capability):
+    """Of a tensor as many as it has tiles, and no more than two."""
+    return capability >= 90 and dtype != "float32" and dim not in (56, 88, 104, 112, 168, 176, 200, 208, 216, 224, 232)
 
 
 def is_short(name, dim, capability):
@@ -117,6 +125,29 @@ def test_each_way_compiles_without_spills(name, dim, capability):
             if code["kernel"] != "backward_bias":  # it contracts alone: 80 of 72
                 assert all(loop <= 1.10 * code["useful"] for loop in code["loops"]), code
     tell_of_spills([request])
+
+
+def test_descriptors_make_room_for_another_block():
+    """Why they are the default on sm_90: registers and shared memory by which blocks of a multiprocessor are counted."""
+    found = assert_good_code([[way, dim, "bfloat16", 90] for dim in (64, 72, 128) for way in ("pointers", "long")])
+    for dim, (by_pointers, by_descriptors) in {64: (3, 4), 72: (3, 4), 128: (2, 2)}.items():
+        pointers, descriptors = (found[way, dim, "bfloat16", 90]["forward"] for way in ("pointers", "long"))
+        assert (blocks_of(pointers), blocks_of(descriptors)) == (by_pointers, by_descriptors)
+        assert descriptors["registers"] < pointers["registers"]
+        assert descriptors["all_instructions"] < pointers["all_instructions"]
+
+
+def blocks_of(code):
+    """That a multiprocessor of sm_90 holds: registers come in 8 a thread, and the driver takes 1 KiB of a block's shared memory."""
+    registers = -(-code["registers"] // 8) * 8 * 32 * code["all_warps"]
+    return min(65536 // registers, 228 * 1024 // (code["shared"] + 1024))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", (90, 100))
+@pytest.mark.parametrize("dim", (64, 72, 96, 128))
+def test_warps_are_specialised(dim, capability):
+    assert_good_code([[name, dim, "bfloat16", capability] for name in ("warp_specialized", "warp_specialized, causal")])
 
 
 @pytest.mark.long

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmgen_kernels.attn import reference
 from mmgen_kernels.attn.triton_kernels.configuration import chip, forward_configuration
+from mmgen_kernels.attn.triton_kernels.descriptors import NO_BOXES, boxes_of, refuses, way_of
 from mmgen_kernels.attn.triton_kernels.tiles import (
     LN_2,
     accumulate,
@@ -23,7 +24,7 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
     head_of,
     head_tiles,
     load_bias,
-    load_tiles,
+    load_block,
     locate,
     located,
     number_of_tiles,
@@ -40,38 +41,47 @@ from mmgen_kernels.attn.triton_kernels.tiles import (
 
 @triton.jit
 def attend(
-    queries, shift, divisor, totals, begin, end, first, rows, keys,
-    k, k_t, v, v_t, bias, bias_t, bias_s, scale,
-    CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    shift, divisor, totals, queries, at, first, rows, keys,
+    k, k_boxes, k_t, v, v_boxes, v_t, place, bias, bias_t, bias_s, scale,
+    CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, D: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax over keys begin to end: shift is the largest logit so far, as it was rounded when it was subtracted,
-    divisor and totals are sums of exp(logit - shift)."""
+    """A step of the running softmax, BLOCK_N keys: shift is the largest logit so far, as it was rounded when it was subtracted,
+    divisor and totals are sums of exp(logit - shift). BOUNDED: `keys` may end before their tensor does."""
     row = first + tl.arange(0, BLOCK_M)
-    for at in tl.range(begin, end, BLOCK_N):
-        column = at + tl.arange(0, BLOCK_N)
-        logits = contract(queries, load_tiles(k, column, keys, k_t, D, IN, UNIT, MASKED))  # (M, N)
-        if PRESCALED:
-            logits *= scale
-        if bias is not None:
-            logits += load_bias(bias, row[:, None], rows, column[None, :], keys, bias_t, bias_s, k)
-        if MASKED:
-            seen = (column < keys)[None, :]
-            if CAUSAL:
-                seen = seen & (column[None, :] <= row[:, None])
-            logits = tl.where(seen, logits, float("-inf"))
-        largest = tl.max(logits, 1) if PRESCALED else tl.max(logits, 1) * scale
-        largest = tl.maximum(shift, largest)
-        subtract = tl.where(largest == float("-inf"), 0.0, largest)  # no key yet
-        # where it scales, one fused multiply-add: only `subtract` is rounded
-        difference = logits - subtract[:, None] if PRESCALED else logits * scale - subtract[:, None]
-        weights = exponential(difference, k)  # (M, N)
-        shrink = exponential(shift - subtract, k)
-        divisor = divisor * shrink + tl.sum(weights, 1)
-        values = load_tiles(v, column, keys, v_t, D, OUT, UNIT, MASKED)
-        totals = accumulate(scaled(totals, shrink[:, None]), weights.to(v.dtype.element_ty), values)
-        shift = largest
-    return shift, divisor, totals
+    column = at + tl.arange(0, BLOCK_N)
+    logits = contract(queries, load_block(k, k_boxes, place, at, keys, k_t, D, IN, UNIT, BOUNDED, BLOCK_N))  # (M, N)
+    if PRESCALED:
+        logits *= scale
+    if bias is not None:
+        logits += load_bias(bias, row[:, None], rows, column[None, :], keys, bias_t, bias_s, k)
+    if MASKED:
+        seen = (column < keys)[None, :]
+        if CAUSAL:
+            seen = seen & (column[None, :] <= row[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+    largest = tl.max(logits, 1) if PRESCALED else tl.max(logits, 1) * scale
+    largest = tl.maximum(shift, largest)
+    subtract = tl.where(largest == float("-inf"), 0.0, largest)  # no key yet
+    # where it scales, one fused multiply-add: only `subtract` is rounded
+    difference = logits - subtract[:, None] if PRESCALED else logits * scale - subtract[:, None]
+    weights = exponential(difference, k)  # (M, N)
+    shrink = exponential(shift - subtract, k)
+    divisor = divisor * shrink + tl.sum(weights, 1)
+    values = load_block(v, v_boxes, place, at, keys, v_t, D, OUT, UNIT, BOUNDED, BLOCK_N)
+    totals = accumulate(scaled(totals, shrink[:, None]), weights.to(v.dtype.element_ty), values)
+    return largest, divisor, totals
+
+
+@triton.jit
+def boxes_of_tiles(box, box_2):
+    if box is None:
+        boxes = None
+    elif box_2 is None:
+        boxes = (box,)
+    else:
+        boxes = (box, box_2)
+    return boxes
 
 
 @triton.jit
@@ -92,15 +102,18 @@ INTEGERS = [
 def attention_forward(
     q, q_b, q_t, q_h, k, k_b, k_t, k_h, v, v_b, v_t, v_h, bias, bias_b, bias_h, bias_t, bias_s,
     key_lengths, cu_seqlens_q, cu_seqlens_k, out, out_b, out_t, out_h, lse, T, S, H, group, C, tiles, scale,
+    q_box, q_box_2, k_box, k_box_2, v_box, v_box_2,
     CAUSAL: tl.constexpr, PRESCALED: tl.constexpr, D: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head. Not PRESCALED: scale is positive and multiplied in the exponent."""
+    """BLOCK_M queries of one head. Not PRESCALED: scale is positive and multiplied in the exponent. Boxes: descriptors of the
+    first and the second tile, or None."""
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = head // H, head % H
     start, rows, start_k, keys, first = locate(tile, cu_seqlens_q, cu_seqlens_k, C, T, S, BLOCK_M)
-    if first >= rows:
-        return
+    if cu_seqlens_q is not None:  # noqa: SIM102, one condition is of the compiler. Specialised warps do not compile with a way out
+        if first >= rows:
+            return
     keys = visible_keys(key_lengths, b, keys)
     q = head_of(q, q_b, q_t, q_h, b, start, h, UNIT)
     k = head_of(k, k_b, k_t, k_h, b, start_k, h // group, UNIT)
@@ -109,26 +122,37 @@ def attention_forward(
     if bias is not None:
         bias += tl.cast(b, tl.int64) * bias_b + tl.cast(h, tl.int64) * bias_h
 
-    row = first + tl.arange(0, BLOCK_M)
-    queries = load_tiles(q, row, rows, q_t, D, IN, UNIT, True)
-    end = keys
-    whole = keys  # keys before it need no mask, in whole tiles
-    if CAUSAL:
-        end = tl.minimum(keys, first + BLOCK_M)
-        whole = tl.minimum(keys, first + 1)
-    whole = whole // BLOCK_N * BLOCK_N
+    q_boxes = boxes_of_tiles(q_box, q_box_2)
+    k_boxes = boxes_of_tiles(k_box, k_box_2)
+    v_boxes = boxes_of_tiles(v_box, v_box_2)
+    place = (b, h // group, start_k)
+    queries = load_block(q, q_boxes, (b, h, start), first, rows, q_t, D, IN, UNIT, q_boxes is None, BLOCK_M)
     shift = tl.full([BLOCK_M], float("-inf"), tl.float32)
     divisor = tl.zeros([BLOCK_M], tl.float32)
     totals = zero_tiles(BLOCK_M, OUT)
-    shift, divisor, totals = attend(
-        queries, shift, divisor, totals, 0, whole, first, rows, keys, k, k_t, v, v_t, bias, bias_t, bias_s, scale,
-        CAUSAL, PRESCALED, False, D, IN, OUT, UNIT, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    shift, divisor, totals = attend(
-        queries, shift, divisor, totals, whole, end, first, rows, keys, k, k_t, v, v_t, bias, bias_t, bias_s, scale,
-        CAUSAL, PRESCALED, True, D, IN, OUT, UNIT, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    end = keys
+    if CAUSAL:
+        end = tl.minimum(keys, first + BLOCK_M)
+    whole = end  # keys before it are in whole tiles that need no mask
+    if not SPECIALIZED:
+        if CAUSAL:
+            whole = tl.minimum(keys, first + 1)
+        whole = whole // BLOCK_N * BLOCK_N
+    for at in tl.range(0, whole, BLOCK_N, warp_specialize=SPECIALIZED):
+        shift, divisor, totals = attend(
+            shift, divisor, totals, queries, at, first, rows, keys, k, k_boxes, k_t, v, v_boxes, v_t, place,
+            bias, bias_t, bias_s, scale, CAUSAL, PRESCALED, SPECIALIZED, False, D, IN, OUT, UNIT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if not SPECIALIZED:
+        # Once, or along the diagonal. Not a loop, which would prefetch: 256 instructions and 12 registers more at D = 72, sm_90
+        for i in tl.static_range(0, BLOCK_M if CAUSAL else BLOCK_N, BLOCK_N):
+            if whole + i < end:
+                shift, divisor, totals = attend(
+                    shift, divisor, totals, queries, whole + i, first, rows, keys, k, k_boxes, k_t, v, v_boxes, v_t, place,
+                    bias, bias_t, bias_s, scale, CAUSAL, PRESCALED, True, True, D, IN, OUT, UNIT, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
 
+    row = first + tl.arange(0, BLOCK_M)
     empty = divisor == 0.0
     divisor = tl.where(empty, 1.0, divisor)
     if q.dtype.element_ty == tl.float32:
@@ -170,14 +194,24 @@ def attention(
     if out.numel() == 0:
         return out, lse
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    unit = unit_of(q, k, v, out)
-    c = forward_configuration(q.dtype, D, chip(q.device), bias is not None)
+    unit, head, at = unit_of(q, k, v, out), head_tiles(D), chip(q.device)
+    way = way_of(q, k, v, head, at, bias, key_lengths, cu_seqlens_q)
+    c = forward_configuration(q.dtype, D, at, bias is not None, way != "pointers")
+    boxes = NO_BOXES
+    if way != "pointers":
+        boxes = (*boxes_of(q, head["IN"], c.block_m), *boxes_of(k, head["IN"], c.block_n), *boxes_of(v, head["OUT"], c.block_n))
     tiles = number_of_tiles(T, c.block_m, cu_seqlens_q)
+    grid = (B * H * tiles,)
+    arguments = (
+        *located(q), *located(k), *located(v), *bias_arguments(bias),
+        key_lengths, contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), *located(out), lse,
+        T, k.shape[1], H, H // k.shape[2], sequences(cu_seqlens_q), tiles, scale * unit_of_logits(q.dtype), *boxes,
+    )  # fmt: skip
+    specialized = way == "warp_specialized"
+    options = {"CAUSAL": causal, "PRESCALED": is_prescaled(bias, scale), "SPECIALIZED": specialized, "UNIT": unit}
+    options |= {**head, **c.constants(), **c.options()}
     with on(q):
-        attention_forward[(B * H * tiles,)](
-            *located(q), *located(k), *located(v), *bias_arguments(bias),
-            key_lengths, contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), *located(out), lse,
-            T, k.shape[1], H, H // k.shape[2], sequences(cu_seqlens_q), tiles, scale * unit_of_logits(q.dtype),
-            CAUSAL=causal, PRESCALED=is_prescaled(bias, scale), UNIT=unit, **head_tiles(D), **c.constants(), **c.options(),
-        )  # fmt: skip
+        if specialized and refuses(attention_forward, grid, q.device, arguments, options):
+            options["SPECIALIZED"] = False
+        attention_forward[grid](*arguments, **options)
     return out, lse

@@ -15,6 +15,7 @@ multiples of 16 only, 72 is none, and without that knowledge a thread would load
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 VECTOR = 8  # values in 16 bytes, of the 16-bit dtypes
 
 
+@functools.cache
 def tiles_of(D: int, narrowest: int) -> tuple[tuple[int, int], ...]:
     """Powers of two, the largest first, until the rest fits a tile that adds at most a twelfth of D to what `narrowest` demands."""
     tiles, start = [], 0
@@ -169,6 +171,27 @@ def load_tiles(pointer, row, length, stride, D: tl.constexpr, TILES: tl.constexp
 
 
 @triton.jit
+def load_block(
+    pointer, boxes, place, at, length, stride,
+    D: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As load_tiles the rows from `at` on, by the copy engine where a tensor has descriptors, one for each tile.
+
+    place: sample, head and the row of the tensor where the sequence begins. A descriptor knows where the tensor ends, and puts
+    zeros beyond its T and D, but not where a sequence does: MASKED rows come by their addresses, or a NaN beyond `length` in a
+    row of values would be multiplied by its weight of 0.
+    """
+    if boxes is None or BOUNDED:
+        tiles = load_tiles(pointer, at + tl.arange(0, BLOCK), length, stride, D, TILES, UNIT, BOUNDED)
+    else:
+        tiles = ()
+        for i in tl.static_range(len(TILES)):
+            box = boxes[i].load([place[0], place[1], place[2] + at, TILES[i][0]])  # (1, 1, BLOCK, width)
+            tiles += (tl.reshape(box, (BLOCK, TILES[i][1])),)
+    return tiles
+
+
+@triton.jit
 def load_out_tiles(
     loaded, pointer, row, length, stride,
     D: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
@@ -206,7 +229,7 @@ def scaled(tiles, factor):
 def zero_tiles(BLOCK: tl.constexpr, OUT: tl.constexpr):
     tiles = ()
     for i in tl.static_range(len(OUT)):
-        tiles += (tl.zeros([BLOCK, OUT[i][1]], tl.float32),)
+        tiles += (tl.full((BLOCK, OUT[i][1]), 0.0, tl.float32),)
     return tiles
 
 
