@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(bars.describe(evaluated))
         return 0 if all(bar.passed for bar in evaluated) else 1
 
-    names = family.QUICK if options.quick and options.shapes is None else chosen(options.shapes, list(cases), "shape")
+    quick_names = getattr(family, "QUICK_CUDA", family.QUICK) if device.type == "cuda" else family.QUICK
+    names = quick_names if options.quick and options.shapes is None else chosen(options.shapes, list(cases), "shape")
     entered = chosen(options.contestants, contestants, "contestant")
     settings = harness.Settings(options.seconds, options.rounds, memory=not options.no_memory)
     if options.quick:

@@ -21,6 +21,7 @@ PEAKS = {"fp32": "fma_gflops", "bf16": "bf16_gflops"}
 QUIET_SECONDS = 0.0  # everybody here computes on torch's threads: nobody else's spin
 KEEPS_FREED_MEMORY = True  # what a call allocates must not cost what glibc did with the last
 QUICK = ("forward/3x256x16x72-bf16", "step/3x256x16x72-bf16")
+QUICK_CUDA = ("forward/32x256x16x72-bf16", "forward/8x1024x16x72-bf16", "step/32x256x16x72-bf16")
 PRODUCTS = {"forward": 2, "step": 2 + 5}  # of T x T x D multiply-adds for each head; the backward computes the logits again
 SHAPES = {
     "3x256x16x72": "DiT-XL/2, 256 px",
@@ -28,6 +29,12 @@ SHAPES = {
     "1x1024x16x72": "DiT-XL/2, 512 px",
     "1x4096x8x64": "1024 px",
     "1x16x16x64": "what a call costs",
+}
+# Which way of loading tiles is best, a GPU tells that has more than one block for each place.
+CUDA_SHAPES = {
+    "32x256x16x72": "DiT-XL/2, 256 px, a batch of 32",
+    "8x1024x16x72": "DiT-XL/2, 512 px, a batch of 8",
+    "1x4608x24x128": "FLUX.1, 1024 px",
 }
 
 
@@ -68,9 +75,34 @@ def timed(attend: Callable[..., Tensor], step: bool, compiled: bool = False) -> 
     return make
 
 
+def on_triton(way: str, make: Callable[..., Callable]) -> Callable[..., Callable]:
+    """`make` by the Triton kernels, whose forward loads its tiles as MMGEN_KERNELS_TRITON_ATTENTION=way would have it."""
+
+    def scoped(*given: Tensor) -> Callable:
+        import mmgen_kernels as mk
+        from mmgen_kernels import backends
+
+        call = make(*given)
+
+        def run():
+            before, backends.triton_attention = backends.triton_attention, way
+            try:
+                with mk.use_backend("triton", family="attn"):
+                    return call()
+            finally:
+                backends.triton_attention = before
+
+        return run
+
+    return scoped
+
+
 def contestants(step: bool) -> list[Contestant]:
+    """With the backward the ways of the forward make no difference worth a row."""
+    ways = ("descriptors",) if step else ("descriptors", "pointers", "warp_specialized")
     return [
         Contestant("ours", timed(ours, step), requires="mmgen_kernels"),
+        *(Contestant(f"triton-{way}", on_triton(way, timed(ours, step)), requires="triton", devices=("cuda",)) for way in ways),
         Contestant("SDPA", timed(stock, step)),
         Contestant("compiled SDPA", timed(stock, step, compiled=True), compiles=True),
         Contestant("formula", timed(formula, step), scratch=20.0 if step else 12.0),
@@ -126,12 +158,13 @@ def attention_case(group: str, shape: str, dtype: str, device: torch.device) -> 
         scratch_units=float(B * H * T * T),
         dims={"B": B, "T": T, "H": H, "D": D},
         tolerance=TOLERANCES[dtype],
-        note=SHAPES[shape],
+        note=(SHAPES | CUDA_SHAPES)[shape],
     )
 
 
 def cases(device: torch.device) -> list[Case]:
-    return [attention_case(group, shape, dtype, device) for group in PRODUCTS for shape in SHAPES for dtype in DTYPES]
+    shapes = SHAPES | CUDA_SHAPES if device.type == "cuda" else SHAPES
+    return [attention_case(group, shape, dtype, device) for group in PRODUCTS for shape in shapes for dtype in DTYPES]
 
 
 # -- bars -------------------------------------------------------------------------------------------------------------

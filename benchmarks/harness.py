@@ -1,9 +1,9 @@
 """Races contestants on one case, and lets no time stand without its error.
 
-A family (`benchmarks/<family>.py`) declares `cases(device)`, the names in `QUICK` and its `bars(results)`; all else is
-common. Within a case all contestants take turns, one timed call each per round, and every round starts with another
-one: drifting clocks and noisy neighbours then hit everybody alike, and medians with quartiles can be compared. Before
-the race each contestant's output is judged against fp64; the machine's limits are measured around it.
+A family (`benchmarks/<family>.py`) declares `cases(device)`, the names in `QUICK` (`QUICK_CUDA` where a GPU has others) and its
+`bars(results)`; all else is common. Within a case all contestants take turns, one timed call each per round, and every round
+starts with another one: drifting clocks and noisy neighbours then hit everybody alike, and medians with quartiles can be compared.
+Before the race each contestant's output is judged against fp64; the machine's limits are measured around it.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ def test_families_declare_cases_a_quick_choice_and_bars(family):
     cases = module.cases(CPU)
     names = [case.name for case in cases]
     assert len(set(names)) == len(names) and set(module.QUICK) <= set(names)
+    on_cuda = [case.name for case in module.cases(torch.device("cuda"))]
+    assert set(getattr(module, "QUICK_CUDA", module.QUICK)) <= set(on_cuda)
     for case in cases:
         contestants = [contestant.name for contestant in case.contestants]
         assert len(set(contestants)) == len(contestants) and case.name.startswith(f"{case.group}/")

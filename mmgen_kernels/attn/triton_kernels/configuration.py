@@ -41,11 +41,11 @@ def forward_configuration(
     if dtype == torch.float32:  # multiplied by FMA: 72 registers at D = 72, 194 at 128
         return Configuration(32, 32, 8, 1)
     # 64 KiB of keys and values a stage at D = 256, and 246 registers, where 64 keys spill. A bias has as many values as there are
-    # weights, and an address for each: with 64 keys 80 bytes a thread spill at D = 128 for sm_90, 32 take 248 registers
+    # weights, and an address for each: with 64 keys 80 bytes a thread spill at D = 128 for sm_90, 32 take 250 registers
     if D > 192 or (bias and (D > 96 or capability < (9, 0))):
         return Configuration(64, 32, 4, 2)
-    # sm_90: by addresses 146 registers and 68 KiB at D = 72, three blocks a multiprocessor; 172 and 113 KiB at 128, two. By
-    # descriptors 117 and 49 KiB with two stages: four blocks, with as many tiles on their way as three with three stages have,
+    # sm_90: by addresses 152 registers and 68 KiB at D = 72, three blocks a multiprocessor; 170 and 113 KiB at 128, two. By
+    # descriptors 121 and 49 KiB with two stages: four blocks, with as many tiles on their way as three with three stages have,
     # and another block to multiply while one takes maxima. At 128 their barriers would make 114 KiB of three stages: one block
     return Configuration(64, 64, 4, 3 if D <= 128 and not descriptors else 2)
 

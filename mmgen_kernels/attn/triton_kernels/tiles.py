@@ -151,22 +151,31 @@ def head_of(pointer, stride_b, stride_t, stride_h, b, start, h, UNIT: tl.constex
 
 
 @triton.jit
-def load_tiles(pointer, row, length, stride, D: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr):
-    """(BLOCK, width) each; 0 beyond D, and where MASKED beyond length."""
-    tiles = ()
+def load_tile(
+    pointer, row, length, stride,
+    i: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """TILES[i], (BLOCK, width); 0 beyond D, and where MASKED beyond length. A tile itself is no argument that Triton 3.6 takes."""
+    d = TILES[i][0] + tl.arange(0, TILES[i][1])
     at = row.to(tl.int64) * (stride // UNIT * UNIT)
-    for i in tl.static_range(len(TILES)):
-        d = TILES[i][0] + tl.arange(0, TILES[i][1])
-        where = pointer + (at[:, None] + d[None, :])
-        if TILES[i][0] + TILES[i][1] > D:
-            if MASKED:
-                tiles += (tl.load(where, mask=(row < length)[:, None] & (d < D)[None, :], other=0.0),)
-            else:
-                tiles += (tl.load(where, mask=(d < D)[None, :], other=0.0),)
-        elif MASKED:
-            tiles += (tl.load(where, mask=(row < length)[:, None], other=0.0),)
+    where = pointer + (at[:, None] + d[None, :])
+    if TILES[i][0] + TILES[i][1] > D:
+        if MASKED:
+            tile = tl.load(where, mask=(row < length)[:, None] & (d < D)[None, :], other=0.0)
         else:
-            tiles += (tl.load(where),)
+            tile = tl.load(where, mask=(d < D)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(where, mask=(row < length)[:, None], other=0.0)
+    else:
+        tile = tl.load(where)
+    return tile
+
+
+@triton.jit
+def load_tiles(pointer, row, length, stride, D: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        tiles += (load_tile(pointer, row, length, stride, i, D, TILES, UNIT, MASKED),)
     return tiles
 
 
@@ -202,7 +211,7 @@ def load_out_tiles(
         if i < len(IN) and IN[i][0] == OUT[i][0] and IN[i][1] == OUT[i][1]:
             tiles += (loaded[i],)
         else:
-            tiles += load_tiles(pointer, row, length, stride, D, (OUT[i],), UNIT, MASKED)
+            tiles += (load_tile(pointer, row, length, stride, i, D, OUT, UNIT, MASKED),)
     return tiles
 
 
