@@ -10,6 +10,10 @@ POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf
             torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
 
 
+def integer(value):
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
 class Recorder:
     """Stands where a kernel is, and compiles each launch with the types and divisibilities that Triton would find.
 
@@ -36,14 +40,15 @@ class Recorder:
             elif isinstance(value, TensorDescriptor):
                 signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, tuple) and not parameter.is_constexpr:
-                signature[name] = tuple(POINTERS[v.dtype] for v in value)
-                attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
+                pointers = [isinstance(v, torch.Tensor) for v in value]
+                signature[name] = tuple(POINTERS[v.dtype] if p else integer(v) for v, p in zip(value, pointers, strict=True))
+                attributes |= {(i, j): [["tt.divisibility", 16]] for j, p in enumerate(pointers) if p}
             elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
                 signature[name], constants[(i,)] = "constexpr", value
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
-                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                signature[name] = integer(value)
                 if value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -96,4 +96,10 @@ JOINT_ATTENTION = library.define(
     f" -> ({', '.join(f'Tensor grad_{name}' for name in TENSORS)})",
     backward_reference=reference.joint_attention_backward,
     backward_fake=joint_attention_backward_fake,
+    launchers={
+        "triton": (
+            "mmgen_kernels.attn.triton_kernels:joint_attention",
+            "mmgen_kernels.attn.triton_kernels:joint_attention_backward",
+        )
+    },
 )

@@ -66,7 +66,7 @@ def queries_configuration(
     return Configuration(64, block_n, 4, 2 if prefetch else 1)
 
 
-def keys_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) -> Configuration:
+def keys_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int], joint: bool = False) -> Configuration:
     """Two sums of (keys, D) are what fills the registers."""
     if dtype == torch.float32:
         return Configuration(32, 32, 8, 2)
@@ -75,7 +75,8 @@ def keys_configuration(dtype: torch.dtype, D: int, capability: tuple[int, int]) 
     if D > 128:  # both warpgroups compute the same weights, and each has half of the sums: 252 registers at D = 256
         return Configuration(32, 64, 8, 1 if D > 192 else 2)
     # sm_90: 227 registers at D = 72; 64 queries spilled from D = 96 on, 32 take 180 there and 226 at 128
-    return Configuration(64 if D <= 80 else 32, 64, 4, 2)
+    few = D <= 80 and not (joint and D > 64 and capability < (10, 0))  # of two streams 64 queries spill 32 bytes at 72
+    return Configuration(64 if few else 32, 64, 4, 2)
 
 
 SHORT = 512  # queries, and keys

@@ -92,6 +92,21 @@ def divided(tiles, divisor):
     return quotients
 
 
+@triton.jit
+def finish(shift, divisor, totals, out, out_t, lse, row, rows, D: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr):
+    """Writes what the last key has left; out and lse are at row 0 of the sequence."""
+    empty = divisor == 0.0
+    divisor = tl.where(empty, 1.0, divisor)
+    if out.dtype.element_ty == tl.float32:
+        logarithm = shift.to(tl.float64) + tl.log(divisor.to(tl.float64))
+        outs = divided(totals, divisor)
+    else:  # a rounding more in fp32
+        logarithm = (shift + tl.log2(divisor)) * LN_2
+        outs = scaled(totals, (1.0 / divisor)[:, None])
+    store_tiles(out, row, rows, rows, out_t, outs, D, OUT, UNIT)
+    tl.store(lse + row, tl.where(empty, float("-inf"), logarithm), mask=row < rows)
+
+
 INTEGERS = [
     "q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "out_b", "out_t", "out_h", "bias_b", "bias_h", "bias_t",
     "T", "S", "H", "group", "C", "tiles",
@@ -153,17 +168,7 @@ def attention_forward(
             )  # fmt: skip
 
     row = first + tl.arange(0, BLOCK_M)
-    empty = divisor == 0.0
-    divisor = tl.where(empty, 1.0, divisor)
-    if q.dtype.element_ty == tl.float32:
-        logarithm = shift.to(tl.float64) + tl.log(divisor.to(tl.float64))
-        outs = divided(totals, divisor)
-    else:  # a rounding more in fp32
-        logarithm = (shift + tl.log2(divisor)) * LN_2
-        outs = scaled(totals, (1.0 / divisor)[:, None])
-    store_tiles(out, row, rows, rows, out_t, outs, D, OUT, UNIT)
-    logarithm = tl.where(empty, float("-inf"), logarithm)
-    tl.store(lse + tl.cast(head, tl.int64) * T + start + row, logarithm, mask=row < rows)
+    finish(shift, divisor, totals, out, out_t, lse + tl.cast(head, tl.int64) * T + start, row, rows, D, OUT, UNIT)
 
 
 # -- launcher ---------------------------------------------------------------------------------------------------------
