@@ -1,7 +1,8 @@
 """Blocks and final layers of Diffusion Transformers in scripts that follow DiT: DiT, fast-DiT, SiT, REPA, LightningDiT.
 
 Recognised by what they have: the scripts are copied, not installed. What a forward does beyond its parts, verification must tell.
-LightningDiT's blocks take a rotary embedding as a third argument; a call that gives one is stock's.
+LightningDiT's blocks take a rotary embedding, a module, as a third argument. It has a rule of its own, which learns its tables, and
+a block reads them where it is given an embedding that this rule serves.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class BlockForward(ConditionedForward):
         first, second = projections_of(module.mlp)
         return "attn.qkv", "attn.proj", f"mlp.{first}", f"mlp.{second}"
 
-    def __call__(self, x: Tensor, c: Tensor, *rope: Any, **named: Any) -> Tensor:
-        given = (*rope, *named.values())
-        if not self.serves(x, c) or any(argument is not None for argument in given):
-            return self.stock(x, c, *rope, **named)
+    def __call__(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.fused(x, c) if self.serves(x, c) else self.stock(x, c)
+
+    def fused(self, x: Tensor, c: Tensor, **rope: Any) -> Tensor:
         module: Any = self.module
         attn, mlp, first, second = module.attn, module.mlp, module.norm1, module.norm2
         fc1, fc2 = (getattr(mlp, name) for name in projections_of(mlp))
@@ -65,8 +66,43 @@ class BlockForward(ConditionedForward):
             attn.proj.weight, attn.proj.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
             num_heads=attn.num_heads, activation=activation_of(mlp), norm=norm, eps=first.eps,
             norm1_weight=first.weight, norm1_bias=bias_of(first), norm2_weight=second.weight, norm2_bias=bias_of(second),
-            **qk_norm_of(attn),
+            **qk_norm_of(attn), **rope,
         )  # fmt: skip
+
+
+class RotaryBlockForward(BlockForward):
+    """LightningDiT's, with the embedding of positions for all its blocks as an argument."""
+
+    def __call__(self, x: Tensor, c: Tensor, feat_rope: Any = None) -> Tensor:
+        if feat_rope is None:
+            return super().__call__(x, c)
+        embedding = vars(feat_rope).get("forward") if isinstance(feat_rope, nn.Module) else None
+        if not (isinstance(embedding, RotaryForward) and self.serves(x, c) and self.turns(feat_rope, x)):
+            return self.stock(x, c, feat_rope)
+        cos, sin = embedding.tables()
+        return self.fused(x, c, cos=cos, sin=sin, interleaved=True)
+
+    def turns(self, rope: Any, x: Tensor) -> bool:
+        """Whether the tables are for these tokens, and nobody listens to the embedding."""
+        module: Any = self.module
+        shape = (x.shape[1], x.shape[2] // module.attn.num_heads)
+        return rope.freqs_cos.shape == rope.freqs_sin.shape == shape and rope.freqs_cos.device == x.device and not has_hooks(rope)
+
+
+class RotaryForward(Forward):
+    """Turns q or k (B, H, T, head_dim), in the dtype that stock gives it: that of the products with the tables."""
+
+    def __call__(self, t: Tensor) -> Tensor:
+        cos, sin = self.tables()
+        if t.shape[-2:] != (len(cos), 2 * cos.shape[1]):
+            return self.stock(t)
+        a, b = t.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """(T, head_dim / 2): stock has each angle twice, for both of the channels that it turns into each other."""
+        module: Any = self.module
+        return module.freqs_cos[:, ::2], module.freqs_sin[:, ::2]
 
 
 class FinalLayerForward(ConditionedForward):
@@ -202,6 +238,7 @@ class BlockRule(DiTRule):
 
     family = "blocks"
     by = "mk.dit_block"
+    falls_back_when = (*DiTRule.falls_back_when, "a rotary embedding is given that is not patched too, or for other tokens")
     parts = ("norm1", "attn", "norm2", "mlp")
     arguments = (["x", "c"], ["x", "c", "feat_rope"])
     vanishing = ("attn.k_norm.bias",)  # what is added to all keys adds the same to all logits of a query
@@ -239,10 +276,57 @@ class BlockRule(DiTRule):
         return reasons + self.vector_reasons(module, D, 6, 4)
 
     def forward(self, module: nn.Module) -> Forward:
-        return BlockForward(module)
+        return BlockForward(module) if parameters_of_forward(module) == self.arguments[0] else RotaryBlockForward(module)
+
+    def calls(self, module: Any, draw: Callable[..., Tensor]) -> Iterator[Call]:
+        yield from super().calls(module, draw)
+        if parameters_of_forward(module) != self.arguments[0]:
+            ((x, c), _) = next(super().calls(module, draw))
+            yield (x, c), {"feat_rope": rotation(draw(x.shape[1], x.shape[2] // module.attn.num_heads // 2))}
 
     def width(self, module: Any) -> int:
         return module.attn.qkv.in_features
+
+
+class Rotation(nn.Module):
+    """An embedding for verification: what a block does with one is compared, and what the script's own does by its own rule."""
+
+    def __init__(self, angles: Tensor):
+        super().__init__()
+        self.freqs_cos, self.freqs_sin = (table.repeat_interleave(2, -1) for table in (angles.cos(), angles.sin()))
+
+
+def rotation(angles: Tensor) -> nn.Module:
+    rope = Rotation(angles)
+    rope.forward = RotaryForward(rope)  # type: ignore[method-assign]
+    return rope
+
+
+class RotaryRule(Rule):
+    """``t * freqs_cos + rotate(t) * freqs_sin`` of channels (2i, 2i + 1), which turn into each other, with tables (T, head_dim)."""
+
+    family = "blocks"
+    by = "tables for mk.dit_block"
+    falls_back_when: tuple[str, ...] = ("t has other tokens or channels than the tables",)
+
+    def recognises(self, module: nn.Module) -> bool:
+        tables = [getattr(module, name, None) for name in ("freqs_cos", "freqs_sin")]
+        return all(isinstance(t, Tensor) and t.dim() == 2 for t in tables) and parameters_of_forward(module) == ["t"]
+
+    def reasons_against(self, module: Any) -> list[str]:
+        cos, sin = module.freqs_cos, module.freqs_sin
+        if cos.shape != sin.shape or cos.shape[1] % 2 or not len(cos) or cos.dtype not in DTYPES or cos.requires_grad:
+            return [f"freqs_cos and freqs_sin are no tables of pairs: {tuple(cos.shape)} and {tuple(sin.shape)}, {cos.dtype}"]
+        return []
+
+    def forward(self, module: nn.Module) -> Forward:
+        return RotaryForward(module)
+
+    def prepare(self, module: nn.Module, draw: Callable[..., Tensor]) -> None:
+        """The angles stay what they are: with others, stock's tables would not have each twice."""
+
+    def calls(self, module: Any, draw: Callable[..., Tensor]) -> Iterator[Call]:
+        yield (draw(SAMPLES, 1, *module.freqs_cos.shape),), {}
 
 
 class FinalLayerRule(DiTRule):
@@ -265,4 +349,4 @@ class FinalLayerRule(DiTRule):
         return module.linear.in_features
 
 
-RULES = (BlockRule(), FinalLayerRule())
+RULES = (BlockRule(), FinalLayerRule(), RotaryRule())

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from twins_dit import DiT, DiTBlock, FinalLayer, LightningDiTBlock, RMSNorm, drawn
+from twins_dit import DiT, DiTBlock, FinalLayer, LightningDiTBlock, RMSNorm, RotaryEmbedding, drawn
 
 import mmgen_kernels as mk
 from mmgen_kernels.patching import dit, verification
@@ -77,6 +77,71 @@ def test_lightning(shifts, dtype):
         assert block_calls(block, *inputs(dtype), None) == 1
         assert torch.equal(block(*inputs(dtype), lambda x: 2 * x), turned)  # stock's
         assert torch.equal(block(*inputs(dtype), feat_rope=lambda x: 2 * x), turned)
+
+
+class Turned(nn.Module):
+    """Blocks that share an embedding, as a model has them."""
+
+    def __init__(self, side=4, depth=2, **rope):
+        super().__init__()
+        self.rope = RotaryEmbedding(D // 2, side, **rope)
+        self.blocks = nn.ModuleList([LightningDiTBlock(D, 2) for _ in range(depth)])
+
+    def forward(self, x, c):
+        x = x[:, : len(self.rope.freqs_cos)]
+        for block in self.blocks:
+            x = block(x, c, self.rope)
+        return x
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_rotary_embedding(dtype):
+    model = drawn(Turned(depth=1)).to(dtype)
+    expected, rope = results(model, dtype), dict(vars(model.rope))
+    q = torch.randn(B, 2, 16, D // 2, dtype=dtype)
+    turned = model.rope(q)
+    with mk.patch(model, strict=True) as handle:
+        assert [r.kind for r in handle.replaced] == ["RotaryEmbedding", "LightningDiTBlock"]
+        assert block_calls(model, *inputs(dtype)) == 1
+        assert_close(results(model, dtype), expected)
+        assert_close({"q": model.rope(q)}, {"q": turned})
+        assert_close(results(model, dtype, call=torch.compile(model, fullgraph=True, backend="aot_eager")), expected)
+    after = results(model, dtype)
+    assert all(torch.equal(after[name], expected[name]) for name in expected) and vars(model.rope) == rope
+
+
+def test_fp32_tables_beside_bf16_blocks():
+    model = drawn(Turned(depth=1))
+    model.blocks.bfloat16()
+    expected = results(model, torch.bfloat16)
+    with mk.patch(model, strict=True):
+        assert block_calls(model, *inputs(torch.bfloat16)) == 1
+        assert_close(results(model, torch.bfloat16), expected)
+
+
+def test_an_embedding_of_other_pairs_is_found_out():
+    model = drawn(Turned(neighbours=False))
+    expected = results(model)
+    handle = mk.patch(model)
+    assert "kept     rope (RotaryEmbedding)" in handle.report() and "differs" in handle.report()
+    assert len(handle.replaced) == 2 and block_calls(model, *inputs()) == 0
+    assert all(torch.equal(of, expected[name]) for name, of in results(model).items())  # stock's
+
+
+def test_whoever_listens_to_the_embedding_is_heard():
+    model = drawn(Turned())
+    mk.patch(model, strict=True)
+    assert block_calls(model, *inputs()) == 2
+    heard = []
+    model.rope.register_forward_hook(lambda *_: heard.append(1))
+    assert block_calls(model, *inputs()) == 0 and len(heard) == 4
+
+
+def test_tables_for_other_tokens_are_stocks_to_refuse():
+    block, rope = drawn(LightningDiTBlock(D, 2)), RotaryEmbedding(D // 2, 3)
+    mk.patch([block, rope], strict=True)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        block(*inputs(), rope)
 
 
 def test_under_autocast():

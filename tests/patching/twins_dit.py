@@ -28,9 +28,26 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, T, head_dim)
         q, k, p = self.q_norm(q), self.k_norm(k), self.attn_drop.p if self.training else 0.0
         if rope is not None:
-            q, k = rope(q), rope(k)
+            q, k = rope(q).to(v.dtype), rope(k).to(v.dtype)  # fp32 tables widen them
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class RotaryEmbedding(nn.Module):
+    """Of a square of tokens: half of a head's channels turn by the row, half by the column, in pairs of neighbours (RoFormer)."""
+
+    def __init__(self, head_dim, side, neighbours=True):
+        super().__init__()
+        P, self.neighbours = head_dim // 4, neighbours
+        angles = torch.arange(side)[:, None] * 10000.0 ** -(torch.arange(P) / P)  # (side, P)
+        both = torch.cat((angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)), -1).flatten(0, 1)
+        self.register_buffer("freqs_cos", both.repeat_interleave(2, -1).cos())  # (side^2, head_dim)
+        self.register_buffer("freqs_sin", both.repeat_interleave(2, -1).sin())
+
+    def forward(self, t):
+        a, b = t.unflatten(-1, (-1, 2)).unbind(-1) if self.neighbours else t.chunk(2, -1)
+        turned = torch.stack((-b, a), -1).flatten(-2) if self.neighbours else torch.cat((-b, a), -1)
+        return t * self.freqs_cos + turned * self.freqs_sin
 
 
 class MLP(nn.Module):
