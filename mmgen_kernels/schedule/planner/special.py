@@ -1,0 +1,76 @@
+"""Special functions in fp64, so that the package needs no more than torch."""
+
+from __future__ import annotations
+
+import math
+
+from mmgen_kernels.schedule.planner.floats import div, expm1
+
+
+def phi(k: int, z: float) -> float:
+    """
+    phi_k(z) = (phi_(k-1)(z) - 1 / (k - 1)!) / z, phi_0 = exp: what exponential integrators weigh their terms by.
+
+    The series sum_j z^j / (j + k)! where the recurrence would cancel: it loses k log10(1 / |z|) digits.
+    """
+    if abs(z) < 1:
+        term = total = 1.0 / math.factorial(k)
+        for j in range(1, 20):
+            term *= z / (j + k)
+            total += term
+        return total
+    value = div(expm1(z), z)
+    for j in range(1, k):
+        value = (value - 1.0 / math.factorial(j)) / z
+    return value
+
+
+def beta_ppf(p: float, a: float, b: float) -> float:
+    """
+    The percent point function of the beta distribution: the x in [0, 1] with I_x(a, b) = p. NaN outside 0 <= p <= 1.
+
+    Newton's steps in u = x^a, in which I_x is nearly a straight line at 0, kept inside a bracket. The half of larger x is mirrored,
+    so the series for I_x is asked for x <= 1/2 alone. For a and b of the order of 1.
+    """
+    if not 0 <= p <= 1:
+        return math.nan
+    middle = beta_cdf(0.5, a, b)
+    if p > middle:
+        return 1 - _lower_ppf(1 - p, b, a)
+    return _lower_ppf(p, a, b)
+
+
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), 0 <= x <= 1."""
+    if x > 0.5:
+        return 1 - beta_cdf(1 - x, b, a)
+    # x^a / B(a, b) sum_n (1 - b)(2 - b)...(n - b) / (n! (a + n)) x^n
+    factor, total, n = 1.0, 1.0 / a, 0
+    while abs(factor) > 1e-17 * abs(total) and n < 200:
+        n += 1
+        factor *= x * (n - b) / n
+        total += factor / (a + n)
+    return x**a * total / _beta(a, b)
+
+
+def _beta(a: float, b: float) -> float:
+    return math.gamma(a) * math.gamma(b) / math.gamma(a + b)
+
+
+def _lower_ppf(p: float, a: float, b: float) -> float:
+    if p == 0:
+        return 0.0
+    low, high = 0.0, 0.5**a
+    u = min(p * a * _beta(a, b), high)
+    for _ in range(100):
+        x = u ** (1 / a)
+        excess = beta_cdf(x, a, b) - p
+        low, high = (low, u) if excess > 0 else (u, high)
+        step = excess * a * _beta(a, b) / (1 - x) ** (b - 1)
+        new = u - step
+        if not low <= new <= high:
+            new = (low + high) / 2
+        if abs(new - u) <= 1e-16 * u:
+            break
+        u = new
+    return u ** (1 / a)

@@ -1,0 +1,28 @@
+"""What DDPM, DDIM and LCM, which step by whole timesteps in a table of alphas_cumprod, share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmgen_kernels.schedule.planner.contract import Schedule
+
+
+def check_timesteps(timesteps: Sequence[int], table: int) -> None:
+    beyond = [t for t in timesteps if not -table <= t < table]
+    if beyond:
+        raise ValueError(f"timesteps must be below the {table} of training (steps_offset, timestep_spacing), got {beyond[0]}")
+
+
+def of_levels(levels: Schedule) -> tuple[float, ...]:
+    """alphas_cumprod. [-1], which "trailing" may ask for last by a rounding, is the last entry, as it is in diffusers."""
+    if levels.alphas_cumprod is None:
+        raise ValueError("levels must have alphas_cumprod, got None")
+    return levels.alphas_cumprod
+
+
+def check_signal(a: float, prediction_type: str, t: int) -> None:
+    if a == 0 and prediction_type == "epsilon":
+        raise ValueError(
+            f"prediction_type epsilon says nothing of x0 where rescale_betas_zero_snr leaves no signal (alphas_cumprod[{t}] = 0); "
+            "it takes sample or v_prediction there"
+        )
