@@ -63,7 +63,9 @@ def late(rng, run, count):
 def ddim(rng):
     config = training(rng) | spaced(rng) | clipping(rng) | {"set_alpha_to_one": rng.random() < 0.5}
     config = visible(config | {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))})
-    run = steps(rng) | {"eta": rng.choice((0.0, 0.0, 0.3, 1.0)), "use_clipped_model_output": rng.random() < 0.3}
+    # with eta 1 and no signal left diffusers has the root of a rounding error, NaN or 1e-9, where the planner has 0
+    most = 0.9 if config["rescale_betas_zero_snr"] else 1.0
+    run = steps(rng) | {"eta": rng.choice((0.0, 0.0, 0.3, most)), "use_clipped_model_output": rng.random() < 0.3}
     return config, late(rng, run, run["num_inference_steps"])
 
 
@@ -92,7 +94,117 @@ def euler(rng):
     return config, late(rng, run, run.get("num_inference_steps", 6))
 
 
+def ddpm(rng):
+    config = training(rng, {"beta_schedule": "sigmoid"}, {"beta_schedule": "laplace"}) | spaced(rng) | clipping(rng)
+    config = visible(config | {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))})
+    config["variance_type"] = rng.choice(("fixed_small", "fixed_small_log", "fixed_large", "learned_range"))
+    run = {"timesteps": descending(rng, 0, config["num_train_timesteps"], 6)} if rng.random() < 0.2 else steps(rng)
+    return config, late(rng, run, run.get("num_inference_steps", 6))
+
+
+def euler_ancestral(rng):
+    config = training(rng) | spaced(rng) | {"prediction_type": rng.choice(("epsilon", "v_prediction"))}
+    run = steps(rng)
+    return config, late(rng, run, run["num_inference_steps"])
+
+
+def lcm(rng):
+    config = training(rng) | clipping(rng) | {"set_alpha_to_one": rng.random() < 0.5}
+    config = visible(config | {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))})
+    config |= {"original_inference_steps": rng.choice((20, 40)), "timestep_scaling": rng.choice((10.0, 1.0, 0.1))}
+    run = {"strength": rng.choice((1.0, 1.0, 0.7, 0.5))}
+    if rng.random() < 0.3:
+        run["timesteps"] = descending(rng, 0, config["num_train_timesteps"], 6)
+        return config, late(rng, run, int(6 * run["strength"]))
+    run["num_inference_steps"] = rng.randint(1, 10)
+    if rng.random() < 0.3:
+        run["original_inference_steps"] = 30
+    return config, late(rng, run, run["num_inference_steps"])
+
+
+def flow_match(rng):
+    config = {"num_train_timesteps": rng.choice((100, 1000)), "invert_sigmas": rng.random() < 0.2}
+    config |= respacing(rng) if rng.random() < 0.6 else {}
+    config |= {"stochastic_sampling": rng.random() < 0.3, "time_shift_type": rng.choice(("exponential", "linear"))}
+    config |= {"shift": rng.choice((1.0, 3.0, 0.5)), "shift_terminal": rng.choice((None, None, 0.1))}
+    run = {"num_inference_steps": 6} if rng.random() < 0.3 else {}
+    if rng.random() < 0.3:
+        run["sigmas"] = sorted((rng.uniform(0.02, 1) for _ in range(6)), reverse=True)
+    if rng.random() < 0.2:
+        run["timesteps"] = sorted((rng.uniform(1, config["num_train_timesteps"]) for _ in range(6)), reverse=True)
+    if "sigmas" not in run and "timesteps" not in run:
+        run = steps(rng)
+    if rng.random() < 0.3:
+        config["use_dynamic_shifting"] = True
+        run["mu"] = rng.uniform(0.3, 2)
+    return config, late(rng, run, run.get("num_inference_steps", 6))
+
+
+def multistep(rng):
+    """What DPM-Solver and UniPC share: half of the time a flow, else a variance preserving process."""
+    config = training(rng) | spaced(rng) | {"solver_order": rng.randint(1, 3), "lower_order_final": rng.random() < 0.7}
+    return config | {"final_sigmas_type": rng.choice(("zero", "sigma_min"))}
+
+
+def dpmsolver(rng):
+    config = multistep(rng) | {"euler_at_final": rng.random() < 0.2, "solver_type": rng.choice(("midpoint", "heun"))}
+    config |= {"algorithm_type": rng.choice(("dpmsolver++", "dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"))}
+    kinds = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    run = {"num_inference_steps": rng.choice((2, 3, 5, 8, 12, 16))}
+    if not config["algorithm_type"].endswith("++"):
+        kinds = kinds[:3]
+        config["final_sigmas_type"] = "sigma_min"
+    if config["algorithm_type"] == "sde-dpmsolver":
+        config["solver_order"] = rng.randint(1, 2)
+    config |= {"prediction_type": rng.choice(kinds)} | thresholding(rng)
+    if config["prediction_type"] == "flow_prediction" or rng.random() < 0.1:
+        config |= {"use_flow_sigmas": True, "flow_shift": rng.choice((1.0, 3.0))}
+        if config["rescale_betas_zero_snr"]:
+            config["final_sigmas_type"] = "zero" if config["algorithm_type"].endswith("++") else "sigma_min"
+        if rng.random() < 0.3:
+            config |= {"use_dynamic_shifting": True}
+            run["mu"] = rng.uniform(0.3, 1.5)
+    elif rng.random() < 0.2:
+        run = {"timesteps": descending(rng, 1, config["num_train_timesteps"], 6)}
+    else:
+        config |= respacing(rng, "use_lu_lambdas")
+        if rng.random() < 0.2:
+            config["lambda_min_clipped"] = -3.0
+    return config, late(rng, run, run.get("num_inference_steps", 6))
+
+
+def unipc(rng):
+    config = multistep(rng) | {"solver_type": rng.choice(("bh1", "bh2")), "predict_x0": rng.random() < 0.75}
+    config |= {"disable_corrector": rng.choice(([], [], [0], [1, 2]))} | thresholding(rng)
+    run = {"num_inference_steps": rng.choice((2, 3, 5, 8, 12))}
+    if not config["predict_x0"]:
+        config["final_sigmas_type"] = "sigma_min"
+    kinds = ("epsilon", "sample", "v_prediction", "flow_prediction")
+    config["prediction_type"] = rng.choice(kinds if config["predict_x0"] else kinds[:3])
+    if config["prediction_type"] != "flow_prediction" and rng.random() < 0.9:
+        config |= respacing(rng)
+        if rng.random() < 0.2:
+            config |= {"sigma_min": 0.03, "sigma_max": 30.0}
+        return config, late(rng, run, run["num_inference_steps"])
+    config |= {"use_flow_sigmas": True, "flow_shift": rng.choice((1.0, 3.0)), "use_karras_sigmas": rng.random() < 0.2}
+    if rng.random() < 0.3:
+        config |= {"use_dynamic_shifting": True, "time_shift_type": rng.choice(("exponential", "linear"))}
+        run["mu"] = rng.uniform(0.3, 1.5)
+    if rng.random() < 0.2:
+        config["shift_terminal"] = 0.1
+    if not config["use_karras_sigmas"] and rng.random() < 0.3:
+        run |= {"sigmas": sorted((rng.uniform(0.05, 1) for _ in range(6)), reverse=True)}
+        del run["num_inference_steps"]
+    return config, late(rng, run, run.get("num_inference_steps", 6))
+
+
 RANDOM = {
+    "DDPMScheduler": ddpm,
     "DDIMScheduler": ddim,
     "EulerDiscreteScheduler": euler,
+    "EulerAncestralDiscreteScheduler": euler_ancestral,
+    "DPMSolverMultistepScheduler": dpmsolver,
+    "UniPCMultistepScheduler": unipc,
+    "FlowMatchEulerDiscreteScheduler": flow_match,
+    "LCMScheduler": lcm,
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 
+import numpy as np
 import torch
 from plan_executor import image, model
 
@@ -24,6 +25,8 @@ def prepared(class_name, config, run):
     scheduler = getattr(importlib.import_module("diffusers"), class_name).from_config(dict(config))
     names = ("num_inference_steps", "timesteps", "sigmas", "mu", "original_inference_steps")
     arguments = {name: run[name] for name in names if run.get(name) is not None}
+    if "sigmas" in arguments:
+        arguments["sigmas"] = np.array(arguments["sigmas"])  # a list is what UniPC cannot shift
     if run.get("strength", 1.0) != 1.0:
         arguments["strength"] = run["strength"]
     scheduler.set_timesteps(**arguments)
@@ -53,6 +56,8 @@ def trajectory(scheduler, run, shape, channels):
             outputs = scheduler.step(model(k, scaled, channels), time, sample, return_dict=False, **extra)
             sample = outputs[0]
             steps.append(outputs)
+    except torch.linalg.LinAlgError:  # UniPC's third order where a level comes twice
+        steps += [(torch.full_like(sample, torch.nan),)] * (len(scheduler.timesteps) - begin - len(steps))
     finally:
         for name, value in kept.items():
             setattr(module, name, value)

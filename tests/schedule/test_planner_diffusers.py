@@ -29,35 +29,42 @@ def test_defaults(class_name):
 @pytest.mark.parametrize("class_name", RANDOM)
 @pytest.mark.filterwarnings("ignore")
 def test_random_configurations(class_name):
-    """Levels: the same fp32 numbers, but for numpy's fp32 logarithm. Steps, with those levels: 1e-9 of the largest number."""
-    rng, finite, exact = random.Random(f"planner {class_name}"), 0, 0
+    """The same levels, and with them the same steps within 1e-9 of the largest number."""
+    rng, steps, finite = random.Random(f"planner {class_name}"), 0, 0
     for _ in range(CASES):
         config, run = RANDOM[class_name](rng)
         scheduler = stock.prepared(class_name, config, run)
         schedule = planner.schedule(class_name, config, planner.Run(**run))
         case = f"{class_name} {config} {run}"
-        exact += same_levels(case, scheduler, schedule)
+        assert_same_levels(case, config, run, scheduler, schedule)
         channels = SHAPE[1] * (2 if config.get("variance_type") == "learned_range" else 1)
         plan = planner.plan(class_name, config, planner.Run(**run), levels=stock.levels(scheduler, schedule))
         theirs = stock.trajectory(scheduler, run, SHAPE, channels)
         ours = plan_executor.trajectory(plan, SHAPE, channels)
-        assert len(ours) == len(theirs), case
-        finite += all(same_outputs(case, *pair) for pair in zip(ours, theirs, strict=True))
-    assert finite >= 0.95 * CASES and exact >= 0.95 * CASES
+        for pair in zip(ours, theirs, strict=True):
+            steps += 1
+            finite += same_outputs(case, *pair)
+    assert finite >= 0.95 * steps
 
 
-def same_levels(case, scheduler, schedule):
-    """Whether every level and every whole timestep is the same number; that they are within 4 last places of fp32 is asserted."""
+def assert_same_levels(case, config, run, scheduler, schedule):
+    """The same numbers, but for what is read off numpy's logarithm of fp32, whose last place differs from machine to machine."""
     assert schedule.timestep_dtype == str(scheduler.timesteps.dtype).removeprefix("torch."), case
-    times, own = scheduler.timesteps.tolist(), list(schedule.timesteps)
-    # a time read off a logarithm of fp32, then cut to a whole number, may fall to the other side
-    assert own == pytest.approx(times, abs=1 if schedule.timestep_dtype == "int64" else 2e-4), case
-    whole = schedule.timestep_dtype == "float32" or own == times
+    respaced = any(
+        value for option, value in config.items() if option.startswith("use_") and option.endswith(("sigmas", "lambdas"))
+    )
+    if respaced or "sigmas" in run or config.get("timestep_type") == "continuous":
+        # cut to a whole number, a time may fall to the other side
+        within = 1 if schedule.timestep_dtype == "int64" else 2e-4
+        assert schedule.timesteps == pytest.approx(scheduler.timesteps.tolist(), abs=within), case
+    else:
+        assert list(schedule.timesteps) == scheduler.timesteps.tolist(), case
     if schedule.alphas_cumprod is not None:
-        return whole and list(schedule.alphas_cumprod) == scheduler.alphas_cumprod.tolist()
-    sigmas = scheduler.sigmas.tolist()
-    assert schedule.sigmas == pytest.approx(sigmas, rel=5e-7, abs=0, nan_ok=True), case
-    return whole and list(schedule.sigmas) == sigmas
+        assert list(schedule.alphas_cumprod) == scheduler.alphas_cumprod.tolist(), case
+    elif config.get("use_lu_lambdas") or config.get("interpolation_type") == "log_linear":
+        assert schedule.sigmas == pytest.approx(scheduler.sigmas.tolist(), rel=5e-7, abs=0), case
+    else:
+        assert list(schedule.sigmas) == scheduler.sigmas.tolist(), case
 
 
 def same_outputs(case, ours, theirs):

@@ -17,15 +17,21 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from mmgen_kernels.schedule.planner import ddim, euler
+from mmgen_kernels.schedule.planner import ddim, ddpm, dpmsolver, euler, euler_ancestral, flow_match, lcm, unipc
 from mmgen_kernels.schedule.planner.contract import Config, Plan, Run, Schedule
 from mmgen_kernels.schedule.planner.defaults import DEFAULTS
 
 __all__ = ["DEFAULTS", "Plan", "Run", "Schedule", "complete", "plan", "schedule"]
 
 CLASSES: dict[str, ModuleType] = {
+    "DDPMScheduler": ddpm,
     "DDIMScheduler": ddim,
     "EulerDiscreteScheduler": euler,
+    "EulerAncestralDiscreteScheduler": euler_ancestral,
+    "DPMSolverMultistepScheduler": dpmsolver,
+    "UniPCMultistepScheduler": unipc,
+    "FlowMatchEulerDiscreteScheduler": flow_match,
+    "LCMScheduler": lcm,
 }
 
 

@@ -42,10 +42,11 @@ def plan(config: Config, run: Run, levels: Schedule) -> Plan:
         epsilon = conversion.epsilon(kind, alpha, sigma, PREDICTIONS)
         if run.use_clipped_model_output and clipping:
             epsilon = (SAMPLE - alpha * DERIVED) / sigma
-        std = run.eta * sqrt(div(1 - previous, 1 - a) * (1 - div(a, previous)))
-        prev = sqrt(previous) * DERIVED + sqrt(1 - previous - std**2) * epsilon
+        share = run.eta**2 * div(1 - div(a, previous), 1 - a)  # of the variance at t', drawn anew
+        # 1 - share as a factor: 1 - a' - s^2 falls below 0 by rounding where eta is 1 and no signal is left
+        prev = sqrt(previous) * DERIVED + sqrt((1 - previous) * (1 - share)) * epsilon
         if run.eta > 0:
-            prev = prev + std * NOISE
+            prev = prev + sqrt((1 - previous) * share) * NOISE
         rows.append(matrix(("sample", "model_output"), original, prev if clipping else prev.replace("derived", original), DERIVED))
     return Plan(
         inputs=("sample", "model_output"),

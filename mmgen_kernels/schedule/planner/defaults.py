@@ -114,7 +114,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "predict_x0": True,
         "solver_type": "bh2",
         "lower_order_final": True,
-        "disable_corrector": (),
+        "disable_corrector": [],
         "solver_p": None,
         "use_karras_sigmas": False,
         "use_exponential_sigmas": False,

@@ -41,9 +41,8 @@ def schedule(config: Config, run: Run) -> Schedule:
         sigmas, times = _spaced(config, run, table)
     if continuous:
         times = [0.25 * f32(log(sigma)) for sigma in sigmas[:-1]]
-    greatest = max(sigmas)
-    start = greatest if config["timestep_spacing"] in ("linspace", "trailing") else sqrt(greatest**2 + 1)
-    return Schedule(tuple(f32(t) for t in times), "float32", sigmas=tuple(sigmas), init_noise_sigma=start)
+    times, start = [f32(t) for t in times], sigma_space.start(config, sigmas)
+    return Schedule(tuple(times), "float32", sigmas=tuple(sigmas), init_noise_sigma=start)
 
 
 def _spaced(config: Config, run: Run, table: list[float]) -> tuple[list[float], list[float]]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mmgen_kernels.schedule.planner.contract import Config, Schedule
-from mmgen_kernels.schedule.planner.floats import exp, f32, log
+from mmgen_kernels.schedule.planner.floats import exp, f32, log, sqrt
 from mmgen_kernels.schedule.planner.spacing import linspace
 from mmgen_kernels.schedule.planner.special import beta_ppf
 
@@ -39,6 +39,12 @@ def last_sigma(config: Config, least: float) -> float:
     if config["final_sigmas_type"] not in ("zero", "sigma_min"):
         raise ValueError(f"final_sigmas_type must be zero or sigma_min, got {config['final_sigmas_type']!r}")
     return 0.0 if config["final_sigmas_type"] == "zero" else least
+
+
+def start(config: Config, sigmas: Sequence[float]) -> float:
+    """Euler's init_noise_sigma: the greatest level, of x0 + sigma z, whose x0 "leading" counts in too."""
+    greatest = max(sigmas)
+    return greatest if config["timestep_spacing"] in ("linspace", "trailing") else sqrt(greatest**2 + 1)
 
 
 def interpolate(times: Sequence[float], table: Sequence[float]) -> list[float]:

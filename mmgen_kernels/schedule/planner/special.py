@@ -74,3 +74,19 @@ def _lower_ppf(p: float, a: float, b: float) -> float:
             break
         u = new
     return u ** (1 / a)
+
+
+def solve(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """x of matrix x = right, by elimination with row pivots; infinite or NaN where the matrix is singular."""
+    rows = [[*line, value] for line, value in zip(matrix, right, strict=True)]
+    n = len(rows)
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda j: abs(rows[j][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for j in range(i + 1, n):
+            factor = div(rows[j][i], rows[i][i])
+            rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i], strict=True)]
+    x = [0.0] * n
+    for i in reversed(range(n)):
+        x[i] = div(rows[i][n] - sum(rows[i][j] * x[j] for j in range(i + 1, n)), rows[i][i])
+    return x

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from mmgen_kernels.schedule.planner.contract import Schedule
+from mmgen_kernels.schedule.planner.contract import Run, Schedule
+
+
+def one_list(run: Run) -> None:
+    if (run.num_inference_steps is None) == (run.timesteps is None):
+        raise ValueError(
+            f"one of num_inference_steps and timesteps must be given, got {run.num_inference_steps} and {run.timesteps}"
+        )
+
+
+def descending(timesteps: Sequence[float]) -> list[int]:
+    """A caller's own list."""
+    times = [int(t) for t in timesteps]
+    if not times or any(later >= t for t, later in pairwise(times)):
+        raise ValueError(f"timesteps must descend, got {list(timesteps)}")
+    return times
 
 
 def check_timesteps(timesteps: Sequence[int], table: int) -> None:
