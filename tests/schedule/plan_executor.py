@@ -54,6 +54,8 @@ def trajectory(plan, shape, channels):
         variance = None
         if plan.log_variance is not None:
             output, variance = output.chunk(2, dim=1)
+        if plan.channels is not None:
+            output = output[:, : plan.channels]
         inputs = {"sample": sample, "model_output": output} | history
         outputs = step(plan, k, inputs, image(k, shape, speed=2.1), variance)
         everything = inputs | outputs

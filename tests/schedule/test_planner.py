@@ -52,10 +52,23 @@ def test_levels(record):
     assert schedule.init_noise_sigma == pytest.approx(record["init_noise_sigma"], rel=5e-7)
 
 
+def assert_whole(plan):
+    """What the operator that applies a plan relies on."""
+    n, steps = len(plan.inputs), len(plan.timesteps)
+    assert n <= 6 and 1 <= len(plan.outputs) <= 3 and plan.outputs[0] == "prev_sample"
+    assert [[len(line) for line in row] for row in plan.rows] == [[n + 2] * (1 + len(plan.outputs))] * steps
+    assert all(row[0][n] == 0 for row in plan.rows)  # derived is no term of itself
+    assert len(plan.draws_noise) == len(plan.scale_model_input) == steps
+    for row, drawn in zip(plan.rows, plan.draws_noise, strict=True):
+        assert drawn or all(line[n + 1] == 0 for line in row)
+    assert set(plan.feeds) == set(plan.inputs) - {"sample", "model_output"}
+    assert set(plan.feeds.values()) <= {*plan.inputs, *plan.outputs}
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=name)
 def test_trajectory(record):
     plan = planner.plan(record["class"], record["config"], planner.Run(**record["run"]), levels=levels_of(record))
-    assert len(plan.inputs) <= 6 and len(plan.outputs) <= 3
+    assert_whole(plan)
     channels = SHAPE[1] * (2 if plan.log_variance is not None else 1)
     steps = plan_executor.trajectory(plan, SHAPE, channels)
     assert len(steps) == len(record["steps"]) == len(plan.timesteps)

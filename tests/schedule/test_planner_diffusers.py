@@ -47,6 +47,15 @@ def test_random_configurations(class_name):
     assert finite >= 0.95 * steps
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_learned_variance_is_left_out():
+    config, run, shape = {"variance_type": "learned_range", "solver_order": 3}, {"num_inference_steps": 6}, (1, 3, 2, 2)
+    scheduler = stock.prepared("DPMSolverMultistepScheduler", config, run)
+    theirs = stock.trajectory(scheduler, run, shape, channels=6)
+    ours = plan_executor.trajectory(planner.plan("DPMSolverMultistepScheduler", config, planner.Run(**run)), shape, channels=6)
+    assert all(same_outputs("learned_range", *pair) for pair in zip(ours, theirs, strict=True))
+
+
 def assert_same_levels(case, config, run, scheduler, schedule):
     """The same numbers, but for what is read off numpy's logarithm of fp32, whose last place differs from machine to machine."""
     assert schedule.timestep_dtype == str(scheduler.timesteps.dtype).removeprefix("torch."), case

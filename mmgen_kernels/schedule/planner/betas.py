@@ -32,7 +32,7 @@ def alphas_cumprod(config: Config, schedules: tuple[str, ...] = SCHEDULES, termi
 
 def _betas(config: Config, schedules: tuple[str, ...]) -> Tensor:
     if config["trained_betas"] is not None:
-        return torch.as_tensor(config["trained_betas"], device="cpu").to(torch.float32)
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float32, device="cpu")
     kind, start, end, n = (config[key] for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps"))
     if kind not in schedules:
         raise ValueError(f"beta_schedule must be one of {', '.join(schedules)}, got {kind!r}")
