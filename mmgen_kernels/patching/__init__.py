@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mmgen_kernels.patching import diffusers, diffusers_normalization, dit, llamagen, taming, vector_quantize_pytorch
+from mmgen_kernels.patching import (
+    diffusers,
+    diffusers_blocks,
+    diffusers_joint_blocks,
+    diffusers_normalization,
+    dit,
+    llamagen,
+    taming,
+    vector_quantize_pytorch,
+)
 from mmgen_kernels.patching.handle import Handle, Kept, Replaced, patch_with
 from mmgen_kernels.patching.rule import Forward, Rule
 
@@ -18,6 +27,8 @@ RULES: tuple[Rule, ...] = (
     diffusers.VectorQuantizerRule(),
     taming.VectorQuantizer2Rule(),
     llamagen.VectorQuantizerRule(),
+    *diffusers_blocks.RULES,
+    *diffusers_joint_blocks.RULES,
     *diffusers_normalization.RULES,
     *dit.RULES,
 )
