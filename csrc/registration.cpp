@@ -6,6 +6,7 @@
 #include "blocks/activation.h"
 #include "modulation/modulation.h"
 #include "philox/tensors.h"
+#include "schedule/schedule.h"
 #include "vq/code_entropy.h"
 #include "vq/codebook_training.h"
 #include "vq/residual_quantize.h"
@@ -40,6 +41,9 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("qk_norm_rope_backward", TORCH_BOX(&mmgen_kernels::attn::qk_norm_rope_backward_cpu));
   m.impl("mlp_activation", TORCH_BOX(&mmgen_kernels::blocks::mlp_activation_cpu));
   m.impl("mlp_activation_backward", TORCH_BOX(&mmgen_kernels::blocks::mlp_activation_backward_cpu));
+  m.impl("scheduler_step", TORCH_BOX(&mmgen_kernels::schedule::scheduler_step_cpu));
+  m.impl("guidance", TORCH_BOX(&mmgen_kernels::schedule::guidance_cpu));
+  m.impl("add_noise", TORCH_BOX(&mmgen_kernels::schedule::add_noise_cpu));
   m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cpu));
   m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cpu));
   m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cpu));

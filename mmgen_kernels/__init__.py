@@ -10,6 +10,7 @@ from mmgen_kernels.blocks.ops import adaln_attention, adaln_mlp, dit_block
 from mmgen_kernels.modulation.ops import adaln, gate_residual, gate_residual_adaln
 from mmgen_kernels.patching import patch
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
+from mmgen_kernels.schedule.ops import add_noise, guidance, scheduler_step
 from mmgen_kernels.vq.ops import (
     CodeEntropy,
     CodeStatistics,
@@ -38,6 +39,7 @@ __all__ = [
     "adaln",
     "adaln_attention",
     "adaln_mlp",
+    "add_noise",
     "attention",
     "backend_report",
     "code_entropy",
@@ -47,6 +49,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_adaln",
     "gather_codes",
+    "guidance",
     "joint_attention",
     "kmeans",
     "nearest_code",
@@ -59,6 +62,7 @@ __all__ = [
     "replace_dead_codes_",
     "residual_quantize",
     "rope_table",
+    "scheduler_step",
     "update_codebook_ema_",
     "update_ema",
     "use_backend",

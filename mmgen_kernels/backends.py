@@ -28,7 +28,7 @@ DEVICES = {
     "torch": ("cpu", "cuda"),
     "cpp": ("cpu",),
 }
-FAMILIES = ("vq", "modulation", "attn", "blocks", "philox")
+FAMILIES = ("vq", "modulation", "attn", "blocks", "schedule", "philox")
 # Serve who asks for them, and nobody else: the interpreter and the compiler see neither races nor miscompiled code.
 BY_NAME_ONLY = {
     "cuda": 'tested by g++ and compiled by nvcc, not yet on a GPU; use_backend("cuda") asks for it',
@@ -164,7 +164,7 @@ def use_backend(implementation: str, family: str | None = None) -> Iterator[None
 
     Args:
         implementation: cuda, triton, torch, cpp or reference.
-        family: vq, modulation, attn, blocks or philox; None means every family. A block runs by what its parts run by.
+        family: vq, modulation, attn, blocks, schedule or philox; None means every family. A block runs by what its parts run by.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")

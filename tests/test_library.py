@@ -209,6 +209,22 @@ def test_every_operator_has_a_case_in_the_battery():
     assert set(OPERATORS) - quick == set()
 
 
+@pytest.mark.parametrize("family", ("modulation", "attn", "blocks", "schedule"))
+def test_the_battery_notices_a_kernel_that_writes_its_input(family, monkeypatch):
+    case = next(c for c in battery.cases(family) if c.quick and not OPERATORS[c.operator].parts)
+    right = OPERATORS[case.operator].reference
+
+    def wrong(*arguments):
+        results = right(*arguments)
+        arguments[0].detach().view(-1)[:1] += 1
+        return results
+
+    monkeypatch.setitem(OPERATORS[case.operator].overloads, "reference", wrong)
+    judge = case.prepare(torch.device("cpu"), case.dtypes[0])
+    with mk.use_backend("reference"):
+        assert any("was written" in failure for failure in judge().failures)
+
+
 def test_names_of_cases_are_unique():
     names = [(case.operator, case.name) for case in battery.cases()]
     assert len(names) == len(set(names))

@@ -65,9 +65,7 @@ inline const Kernels<double>& kernels_of<double>(InstructionSet) {
 template <>
 inline const Kernels<float>& kernels_of<float>(InstructionSet set) {
 #if defined(__x86_64__)
-  // AVX512-BF16 comes with AMX, and on some processors without it; who asks for another set by name gets that
-  const bool rounds_to_bf16 = set == InstructionSet::amx || (set >= InstructionSet::avx512 && !selected_by_name());
-  if (rounds_to_bf16 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16_kernels;
+  if (rounds_to_bf16(set)) return avx512_bf16_kernels;
   if (set >= InstructionSet::avx512) return avx512_kernels;  // and what goes beyond it
   if (set == InstructionSet::avx2) return avx2_kernels;
 #endif

@@ -85,4 +85,13 @@ InstructionSet selected() {
   return best;
 }
 
+bool rounds_to_bf16(InstructionSet set) {
+#if defined(__x86_64__)
+  const bool asked_for = set == InstructionSet::amx || (set >= InstructionSet::avx512 && !selected_by_name());
+  return asked_for && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace mmgen_kernels

@@ -29,4 +29,8 @@ InstructionSet selected();
 // Whether MMGEN_KERNELS_CPU chose it.
 bool selected_by_name();
 
+// Whether the instruction that rounds to bf16 is used. AVX512-BF16 comes with AMX, and on some processors without it; who asks for
+// another set by name gets that.
+bool rounds_to_bf16(InstructionSet set);
+
 }  // namespace mmgen_kernels

@@ -1,1 +1,1 @@
-"""Noise schedules: what a sampler does to a sample, planned on the host and done in one pass."""
+"""Noise schedules: a step of a sampler, guidance and noising in one pass each, and the tables of their coefficients."""

@@ -117,7 +117,7 @@ def prepared(inputs: Inputs, gradients: bool, uses: tuple[str, ...], options: di
 
     def prepare(device: torch.device, dtypes):
         t = inputs(device, dtypes)
-        on_cpu = {name: v.detach().cpu() for name, v in t.items()}
+        on_cpu = {name: v.detach().cpu().clone() for name, v in t.items()}
         exact = {name: v.double() if name in FLOATS else v for name, v in on_cpu.items()}
         upstream = None
         if gradients:

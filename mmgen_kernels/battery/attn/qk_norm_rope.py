@@ -174,7 +174,7 @@ def prepared(inputs: Inputs, gradients: bool, uses: str, changed: dict[str, Any]
 
     def prepare(device: torch.device, dtypes):
         t = inputs(device, dtypes)
-        on_cpu = {name: v.detach().cpu() for name, v in t.items()}
+        on_cpu = {name: v.detach().cpu().clone() for name, v in t.items()}
         exact = {name: v.double() for name, v in on_cpu.items()}
         upstream = None
         if gradients:  # multiples of 1/16 below 8: seven bits

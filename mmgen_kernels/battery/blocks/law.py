@@ -244,7 +244,7 @@ class Draw:
 
     def __init__(self, operator, inputs, gradients, options, device, dtypes, number):
         self.t = inputs(operator, device, dtypes, options, number)
-        self.on_cpu = {name: v.detach().cpu() for name, v in self.t.items()}
+        self.on_cpu = {name: v.detach().cpu().clone() for name, v in self.t.items()}
         exact = {name: v if name in INTEGERS else v.double() for name, v in self.on_cpu.items()}
         shape = model_code(operator, self.on_cpu, options).shape
         upstream = randn(*shape, seed=90 + 1000 * number).to(dtypes[0]) if gradients else None

@@ -136,7 +136,7 @@ def prepared(
 
     def prepare(device: torch.device, dtypes):
         t = inputs(device, dtypes)
-        on_cpu = {name: v.detach().cpu() for name, v in t.items()}
+        on_cpu = {name: v.detach().cpu().clone() for name, v in t.items()}
         exact = {name: v if name == "rows" else v.double() for name, v in on_cpu.items()}
         upstream = upstream_of(model_code(operator, on_cpu, options), uses) if gradients else None
         truth = run(model_code, operator, exact, options | ({"dtype": None} if "dtype" in options else {}), upstream)

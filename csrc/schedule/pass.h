@@ -1,0 +1,175 @@
+// One pass over the samples: whatever is affine in the inputs, noise and a limited derived value, with every tensor read once and
+// every result written once.
+#pragma once
+
+#include <array>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "aligned.h"
+#include "parallel.h"
+#include "philox.h"
+#include "philox/kernels.h"
+#include "schedule/tables.h"
+#include "torch_tensors.h"
+
+namespace mmgen_kernels::schedule {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t chunk = 1024;  // elements of every tensor that stay in L1 together
+
+// A tensor as `count` samples of `size` elements side by side; one whose samples are not dense is copied.
+struct Samples {
+  Tensor tensor;
+  const char* data = nullptr;
+  int64_t count = 1, size = 1, stride = 0, bytes = 0;  // stride in bytes, bytes of an element
+  int dtype = 0;                                       // csrc/floats.h
+
+  Samples() = default;
+  explicit Samples(const Tensor& given) : tensor(dense(given)) {
+    data = static_cast<const char*>(tensor.const_data_ptr());
+    bytes = static_cast<int64_t>(tensor.element_size());
+    dtype = static_cast<int>(float_of(tensor.scalar_type()));
+    if (tensor.dim() > 0) count = tensor.size(0);
+    size = count > 0 ? tensor.numel() / count : 0;
+    stride = (tensor.dim() > 0 && count > 1 ? tensor.stride(0) : size) * bytes;
+  }
+  const char* at(int64_t sample, int64_t i) const { return data + sample * stride + i * bytes; }
+  bool joined() const { return stride == size * bytes; }
+  // As one long sample.
+  void flatten() { size *= count, stride = size * bytes, count = 1; }
+
+ private:
+  static Tensor dense(const Tensor& t) {
+    int64_t expected = 1;
+    for (int64_t d = t.dim() - 1; d > 0; --d) {
+      if (t.size(d) != 1 && t.stride(d) != expected) return torch::stable::contiguous(t);
+      expected *= t.size(d);
+    }
+    return t;
+  }
+};
+
+// A result: contiguous, and what the loops need of it.
+struct Result {
+  Tensor tensor;
+  char* data;
+  int64_t bytes;
+  int dtype;
+
+  Result(const Tensor& like, ScalarType as) : tensor(torch::stable::new_empty(like, sizes_of(like), as)) {
+    data = static_cast<char*>(tensor.mutable_data_ptr());
+    bytes = static_cast<int64_t>(tensor.element_size());
+    dtype = static_cast<int>(float_of(as));
+  }
+
+ private:
+  static std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+};
+
+// Normals of philox_normal(shape, key), or of fold_in(key, step) in its place, in the type that is computed in.
+struct Stream {
+  const uint64_t* keys = nullptr;  // null: there is none
+  bool per_sample = false;
+  philox::Fill fill = nullptr;
+  bool folds = true;
+
+  // `count` of them from element i of `sample` on; room for chunk + 4. Returns where the first one lies in it.
+  template <class Real>
+  Real* draw(int64_t sample, int64_t size, int64_t step, int64_t i, int64_t count, Real* room) const {
+    const uint64_t* key = keys + (per_sample ? 2 * sample : 0);
+    uint64_t seed = key[0], offset = key[1];
+    if (folds) {
+      uint64_t words[4];
+      philox::block<philox::OneLane>(seed, offset + static_cast<uint64_t>(step), words);
+      seed = (words[0] & 0xffffffffu) | words[1] << 32, offset = (words[2] & 0xffffffffu) | words[3] << 32;
+    }
+    const int64_t first = per_sample ? i : sample * size + i, begin = first / 4 * 4;  // a stream is entered at its blocks
+    fill(seed, offset, begin, first + count, room);
+    return room + (first - begin);
+  }
+};
+
+// What becomes of one sample.
+template <class Real>
+struct Formula {
+  Combination<Real> terms;
+  std::array<int, max_inputs> source{};  // which of the tensors each input is
+  int64_t step = 0;                      // for the stream
+  bool draws = false;
+  Real middle = 0, slope = 0;  // of the exponent of a learned deviation
+};
+
+template <class Real>
+struct Pass {
+  const Kernels<Real>& kernels;
+  std::vector<Samples> sources;
+  std::vector<Result> results;
+  Stream stream;
+  const Samples* spread = nullptr;  // of which a learned deviation is made, and the noise that it multiplies if no stream gives it
+  const Samples* spread_noise = nullptr;
+
+  static constexpr int own = static_cast<int>(sizeof(Real) == 8 ? Float::fp64 : Float::fp32);
+
+  // a formula for each sample of `size` elements
+  void run(const std::vector<Formula<Real>>& formulas, int64_t size) const {
+    const auto count = static_cast<int64_t>(formulas.size());
+    if (count == 0 || size == 0) return;
+    const int64_t chunks = (size + chunk - 1) / chunk;
+    parallel(count * chunks, std::min(size, chunk) * (stream.keys ? 8 : 2), [&](int64_t begin, int64_t end) {
+      std::vector<Real, Aligned<Real>> scratch((max_inputs + max_outputs + 2) * room);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = i % chunks * chunk;
+        piece(formulas[static_cast<size_t>(i / chunks)], i / chunks, size, at, std::min(chunk, size - at), scratch.data());
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t room = chunk + 16;  // a stream begins up to 3 elements before
+
+  void piece(const Formula<Real>& f, int64_t sample, int64_t size, int64_t at, int64_t count, Real* scratch) const {
+    const auto& c = f.terms;
+    int dtype = results.empty() ? own : results[0].dtype;
+    for (int j = 0; j < c.inputs; ++j)
+      if (sources[f.source[j]].dtype != dtype) dtype = own;
+    for (const Result& r : results)
+      if (r.dtype != dtype) dtype = own;
+    if (!kernels.combine[dtype][0]) dtype = own;
+
+    const auto take = [&] { return std::exchange(scratch, scratch + room); };
+    const void* in[max_inputs];
+    void* out[max_outputs];
+    for (int j = 0; j < c.inputs; ++j) {
+      const Samples& s = sources[f.source[j]];
+      in[j] = s.at(sample, at);
+      if (s.dtype == dtype) continue;
+      Real* wide = take();
+      kernels.widen[s.dtype](in[j], count, wide);
+      in[j] = wide;
+    }
+    Real* z = nullptr;
+    if (f.draws) {
+      z = take();
+      if (stream.keys) z = stream.draw(sample, size, f.step, at, count, z);
+      else kernels.widen[spread_noise->dtype](spread_noise->at(sample, at), count, z);
+      if (spread) {
+        Real* v = take();
+        kernels.widen[spread->dtype](spread->at(sample, at), count, v);
+        kernels.spread(v, f.middle, f.slope, count, z);
+      }
+    }
+    const int64_t element = sample * size + at;
+    for (size_t k = 0; k < results.size(); ++k)
+      out[k] = results[k].dtype == dtype ? static_cast<void*>(results[k].data + element * results[k].bytes) : take();
+    kernels.combine[dtype][c.inputs - 1](c, in, z, out, count);
+    for (size_t k = 0; k < results.size(); ++k)
+      if (const Result& r = results[k]; r.dtype != dtype)
+        kernels.narrow[r.dtype](static_cast<const Real*>(out[k]), count, r.data + element * r.bytes);
+  }
+};
+
+}  // namespace mmgen_kernels::schedule

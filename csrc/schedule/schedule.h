@@ -1,0 +1,32 @@
+// The operators of the family on the CPU.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace mmgen_kernels::schedule {
+
+using Optional = std::optional<torch::stable::Tensor>;
+using OptionalType = std::optional<torch::headeronly::ScalarType>;
+
+// Up to three affine outputs; those that are not asked for are empty.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> scheduler_step_cpu(
+    const torch::stable::Tensor& input_0, const Optional& input_1, const Optional& input_2, const Optional& input_3,
+    const Optional& input_4, const Optional& uncond, const Optional& noise, const Optional& variance,
+    const torch::stable::Tensor& coefficients, const Optional& index, const Optional& key, int64_t step, int64_t guided,
+    double guidance_scale, double guidance_rescale, std::optional<double> clamp, std::optional<double> threshold,
+    double threshold_max, torch::headeronly::ScalarType dtype_0, OptionalType dtype_1, OptionalType dtype_2);
+
+torch::stable::Tensor guidance_cpu(const torch::stable::Tensor& cond, const torch::stable::Tensor& uncond, double scale,
+                                   double rescale);
+
+// x_t and the target; one that is not asked for is empty.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> add_noise_cpu(const torch::stable::Tensor& x0, const Optional& noise,
+                                                                       const Optional& key, const torch::stable::Tensor& t,
+                                                                       const Optional& table, std::string path,
+                                                                       std::optional<std::string> target);
+
+}  // namespace mmgen_kernels::schedule
