@@ -54,7 +54,7 @@ CASES = {
     "EulerAncestralDiscreteScheduler": [
         ({}, FIVE),
         (SD | {"timestep_spacing": "leading", "steps_offset": 1}, FIVE),
-        (SD | V | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, FIVE),
+        (SD | V | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, {"num_inference_steps": 7}),
         (V | {"beta_schedule": "squaredcos_cap_v2"}, FIVE),
         (SHORT | {"trained_betas": [0.001 * (j + 1) for j in range(40)]}, FIVE),
         (SHORT | V, {"num_inference_steps": 8, "begin": 3}),
@@ -74,7 +74,7 @@ CASES = {
     "FlowMatchEulerDiscreteScheduler": [
         ({}, FIVE),
         ({"shift": 3.0}, FIVE),
-        ({"use_dynamic_shifting": True}, FIVE | {"mu": 1.15}),
+        ({"use_dynamic_shifting": True, "shift": 3.0}, FIVE | {"mu": 1.15}),
         ({"use_dynamic_shifting": True, "time_shift_type": "linear", "shift_terminal": 0.1}, FIVE | {"mu": 0.8}),
         ({"shift": 3.0, "invert_sigmas": True}, FIVE),
         ({"stochastic_sampling": True, "use_beta_sigmas": True}, FIVE),
@@ -96,8 +96,12 @@ CASES = {
         (X0 | {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}, FIVE),
         (FLOW | {"flow_shift": 3.0}, FIVE),
         (FLOW | {"use_dynamic_shifting": True}, FIVE | {"mu": 0.9, "begin": 1}),
-        ({"solver_order": 1, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True} | V, FIVE),
-        ({"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": "leading"}, FIVE),
+        ({"solver_order": 1, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True} | V, {"num_inference_steps": 7}),
+        (SD | {"solver_order": 3, "final_sigmas_type": "sigma_min"}, {"num_inference_steps": 14}),
+        (SD | {"solver_order": 3, "final_sigmas_type": "sigma_min"}, {"num_inference_steps": 15}),
+        (SD | {"final_sigmas_type": "sigma_min", "euler_at_final": True}, {"num_inference_steps": 15}),
+        ({"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}, FIVE),
+        ({"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -3.0}, FIVE),
         (SD | {"thresholding": True, "sample_max_value": 1.5}, {"timesteps": [900, 700, 450, 100, 3]}),
     ],
     "UniPCMultistepScheduler": [
