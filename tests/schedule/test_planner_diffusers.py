@@ -47,6 +47,15 @@ def test_random_configurations(class_name):
     assert finite >= 0.95 * steps
 
 
+@pytest.mark.parametrize("class_name", [name for name in RANDOM if not name.startswith(("LCM", "FlowMatch"))])
+@pytest.mark.filterwarnings("ignore")
+def test_trailing_that_ends_in_minus_one(class_name):
+    config, run = {"timestep_spacing": "trailing"}, {"num_inference_steps": 61}
+    theirs = stock.trajectory(stock.prepared(class_name, config, run), run, SHAPE, SHAPE[1])
+    ours = plan_executor.trajectory(planner.plan(class_name, config, planner.Run(**run)), SHAPE, SHAPE[1])
+    assert len(ours) == 62 and all(same_outputs(class_name, *pair) for pair in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_learned_variance_is_left_out():
     config, run, shape = {"variance_type": "learned_range", "solver_order": 3}, {"num_inference_steps": 6}, (1, 3, 2, 2)
