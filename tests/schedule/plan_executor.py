@@ -46,8 +46,8 @@ def step(plan, k, inputs, noise, variance=None):
     return dict(zip(plan.outputs, outputs, strict=True))
 
 
-def trajectory(plan, shape, channels):
-    """Per step the outputs by name, of a run whose model is `model` and whose noise is `image`."""
+def trajectory(plan, shape, channels, apply=step):
+    """Per step the outputs by name, of a run whose model is `model` and whose noise is `image`. `apply` carries out a row."""
     sample, history, steps = image(99, shape) * plan.init_noise_sigma, {}, []
     for k in range(len(plan.rows)):
         output = model(k, sample * plan.scale_model_input[k], channels)
@@ -57,7 +57,7 @@ def trajectory(plan, shape, channels):
         if plan.channels is not None:
             output = output[:, : plan.channels]
         inputs = {"sample": sample, "model_output": output} | history
-        outputs = step(plan, k, inputs, image(k, shape, speed=2.1), variance)
+        outputs = apply(plan, k, inputs, image(k, shape, speed=2.1), variance)
         everything = inputs | outputs
         history = {name: everything[source] for name, source in plan.feeds.items() if source in everything}
         sample = outputs["prev_sample"]

@@ -69,7 +69,8 @@ def _shifted(config: Config, run: Run, sigmas: Tensor) -> Tensor:
 
 def plan(config: Config, run: Run, levels: Schedule) -> Plan:
     sigmas, rows = sigma_space.of_levels(levels), []
-    for s, to in zip(sigmas[run.begin : -1], sigmas[run.begin + 1 :], strict=True):
+    for i in range(run.begin, len(levels.timesteps)):
+        s, to = sigmas[i], sigmas[i + 1]
         original = SAMPLE - s * MODEL_OUTPUT
         prev = SAMPLE + (to - s) * MODEL_OUTPUT
         if config["stochastic_sampling"]:
