@@ -149,4 +149,6 @@ def output_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
         check_dtype("dtype", dtype)
         return dtype
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):  # meta has no autocast to ask for
+        return x.dtype
+    return torch.get_autocast_dtype(kind)

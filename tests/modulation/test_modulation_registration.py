@@ -312,3 +312,10 @@ def test_use_backend_reference(operator):
     if "triton" not in battery.implementations(operator, CPU):
         with mk.use_backend("triton"), pytest.raises(RuntimeError, match=rf"use_backend\('triton'\) cannot serve {operator}"):
             call(operator, t, options)
+
+
+def test_shapes_on_the_meta_device():
+    x, vector = torch.empty(2, 5, 8, device="meta"), torch.empty(2, 8, device="meta")
+    assert mk.adaln(x, vector, vector).shape == x.shape
+    outputs = mk.gate_residual_adaln(x, x, vector, vector, vector)
+    assert [(t.shape, t.device.type) for t in outputs] == 2 * [(x.shape, "meta")]
