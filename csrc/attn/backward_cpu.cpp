@@ -51,9 +51,9 @@ struct Block {
 
   // Of queries t to t + `count` of the piece, which lie in `of` from row `row` on.
   void differentiate(const Problem<Real>& p, const Piece& piece, int64_t head, int64_t t, int64_t count, int64_t j, int64_t keys,
-                     const Queries<Real>& of, int64_t row) {
-    p.logits(piece, head, t, count, j, keys, of.q.data() + row * p.ld, transposed_keys.data(), weights.data());
-    p.inner_products(count, keys, of.grad_out.data() + row * p.ld, transposed_values.data(), grad_logits.data());
+                     const Queries<Real>& of, int64_t row, Ahead& ahead) {
+    p.logits(piece, head, t, count, j, keys, of.q.data() + row * p.ld, transposed_keys.data(), weights.data(), ahead);
+    p.inner_products(count, keys, of.grad_out.data() + row * p.ld, transposed_values.data(), grad_logits.data(), ahead);
     for (int64_t i = 0; i < count; ++i)
       p.kernels.differentiate(weights.data() + i * block_keys, grad_logits.data() + i * block_keys, of.lse[row + i],
                               of.inner[row + i], of.grad_lse[row + i], p.seen(t + i, j, keys), keys);
@@ -64,15 +64,23 @@ template <class Real>
 class Backward {
  public:
   Backward(const Problem<Real>& problem, const Upstream& up, const Tokens& grad_q, const Tokens& grad_k, const Tokens& grad_v)
-      : p(problem), up(up), grad_q(grad_q), grad_k(grad_k), grad_v(grad_v), block(problem) {}
+      : p(problem), up(up), grad_q(grad_q), grad_k(grad_k), grad_v(grad_v), block(problem),
+        ahead(p.dim * p.q.bytes) {}
 
-  void operator()(const Piece& piece, int64_t group) {
+  // `next` and its group: what the thread probably takes after this, or null
+  void operator()(const Piece& piece, int64_t group, const Piece* next, int64_t next_group) {
     sum_q.resize(piece.queries * p.ld);
     for (Buffer<Real>* sum : {&sum_k, &sum_v}) sum->assign(piece.keys * p.ld, Real(0));
     for (int64_t head = group * p.group; head < (group + 1) * p.group; ++head) {
       queries.read(p, up, piece, head, 0, piece.queries);
       std::fill(sum_q.begin(), sum_q.end(), Real(0));
-      for (int64_t j = 0; j < piece.keys; j += block_keys) one_block(piece, group, head, j);
+      for (int64_t j = 0; j < piece.keys; j += block_keys) {
+        ahead.begin(piece.queries);  // five products of them, five or six rows at a time
+        if (j + block_keys < piece.keys) ask_for_keys(piece, group, j + block_keys);
+        else if (head + 1 < (group + 1) * p.group) ask_for_queries(piece, head + 1), ask_for_keys(piece, group, 0);
+        else if (next) ask_for_queries(*next, next_group * p.group), ask_for_keys(*next, next_group, 0);
+        one_block(piece, group, head, j);
+      }
       write(grad_q, piece.b, piece.q_begin, piece.queries, head, static_cast<Real>(p.scale), sum_q);
     }
     write(grad_k, piece.b, piece.k_begin, piece.keys, group, Real(1), sum_k);
@@ -83,16 +91,27 @@ class Backward {
   }
 
  private:
+  void ask_for_keys(const Piece& piece, int64_t group, int64_t j) {
+    const int64_t count = std::min(block_keys, piece.keys - j);
+    p.ask(ahead, p.k, piece.b, piece.k_begin + j, count, group);
+    p.ask(ahead, p.v, piece.b, piece.k_begin + j, count, group);
+  }
+  // As many as L2 holds beside the present ones.
+  void ask_for_queries(const Piece& piece, int64_t head) {
+    const int64_t count = std::min<int64_t>(piece.queries, 512);
+    for (const Tokens* of : {&p.q, &up.grad_out, &up.out}) p.ask(ahead, *of, piece.b, piece.q_begin, count, head);
+  }
+
   void one_block(const Piece& piece, int64_t group, int64_t head, int64_t j) {
     const int64_t count = std::min(block_keys, piece.keys - j);
     const int64_t blind = p.causal ? std::min(j, piece.queries) / block_queries * block_queries : 0;  // their queries come before
     block.read(p, piece, group, j, count);
     const auto add = [&](int64_t m, int64_t k, const Buffer<Real>& a, int64_t a_row, int64_t a_column, const Real* b, Real* sum) {
-      p.kernels.multiply(m, p.ld, k, a.data(), a_row, a_column, b, p.ld, sum, p.ld, true);
+      p.kernels.multiply(m, p.ld, k, a.data(), a_row, a_column, b, p.ld, sum, p.ld, true, ahead);
     };
     for (int64_t t = blind; t < piece.queries; t += block_queries) {
       const int64_t rows = std::min(block_queries, piece.queries - t);
-      block.differentiate(p, piece, head, t, rows, j, count, queries, t);
+      block.differentiate(p, piece, head, t, rows, j, count, queries, t, ahead);
       add(count, rows, block.weights, 1, block_keys, queries.grad_out.data() + t * p.ld, sum_v.data() + j * p.ld);
       add(count, rows, block.grad_logits, 1, block_keys, queries.q.data() + t * p.ld, sum_k.data() + j * p.ld);
       add(rows, count, block.grad_logits, block_keys, 1, block.keys.data(), sum_q.data() + t * p.ld);
@@ -111,6 +130,7 @@ class Backward {
   Queries<Real> queries;
   Block<Real> block;
   Buffer<Real> sum_q, sum_k, sum_v;
+  Ahead ahead;
 };
 
 // Gradients of logits for that of a bias.
@@ -119,14 +139,14 @@ class LogitGradients {
  public:
   static constexpr int64_t keys = block_keys;
 
-  LogitGradients(const Problem<Real>& problem, const Upstream& up) : p(problem), up(up), block(problem) {}
+  LogitGradients(const Problem<Real>& problem, const Upstream& up) : p(problem), up(up), block(problem), ahead(0) {}
 
   void read(const Piece& piece, int64_t head, int64_t t, int64_t count) { queries.read(p, up, piece, head, t, count); }
 
   // (count, keys)
   const Real* operator()(const Piece& piece, int64_t head, int64_t t, int64_t count, int64_t j, int64_t of_keys) {
     block.read(p, piece, head / p.group, j, of_keys);
-    block.differentiate(p, piece, head, t, count, j, of_keys, queries, 0);
+    block.differentiate(p, piece, head, t, count, j, of_keys, queries, 0, ahead);
     return block.grad_logits.data();
   }
 
@@ -135,6 +155,7 @@ class LogitGradients {
   const Upstream& up;
   Queries<Real> queries;
   Block<Real> block;
+  Ahead ahead;
 };
 
 // The gradient of the bias sums over what the bias was broadcast over, samples first, then heads, queries and keys, in that order.
@@ -187,10 +208,14 @@ class BiasGradient {
 // Fills in the gradients; those that nobody needs have no tokens.
 template <class Worker, class Real>
 void backward(const Problem<Real>& p, const Upstream& up, const Tokens& grad_q, const Tokens& grad_k, const Tokens& grad_v) {
+  const int64_t count = static_cast<int64_t>(p.pieces.size()) * p.k.heads, threads = torch::stable::get_num_threads();
   const auto make = [&] {
-    return [&, worker = Worker(p, up, grad_q, grad_k, grad_v)](int64_t i) mutable { worker(p.pieces[i / p.k.heads], i % p.k.heads); };
+    return [&, worker = Worker(p, up, grad_q, grad_k, grad_v)](int64_t i) mutable {
+      const int64_t next = i + threads;
+      worker(p.pieces[i / p.k.heads], i % p.k.heads, next < count ? &p.pieces[next / p.k.heads] : nullptr, next % p.k.heads);
+    };
   };
-  parallel_on_demand(static_cast<int64_t>(p.pieces.size()) * p.k.heads, make, p.q.length * p.k.length * p.dim / 4 * p.group);
+  parallel_on_demand(count, make, p.q.length * p.k.length * p.dim / 4 * p.group);
 }
 
 template <class Gradients, class Real>

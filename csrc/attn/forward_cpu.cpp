@@ -14,21 +14,29 @@ class Forward {
   Forward(const Problem<Real>& problem, int64_t most_queries, const Tokens& out, const LogSumExp& lse)
       : p(problem), out(out), lse(lse), panel_q(most_queries * p.ld), sums(most_queries * p.ld), keys(block_keys * p.ld),
         transposed(block_keys * p.dim), values(block_keys * p.ld), weights(std::min(block_queries, most_queries) * block_keys),
-        maximum(most_queries), divisor(most_queries) {}
+        seen(p.causal ? block_queries : 0), maximum((most_queries + p.kernels.width - 1) / p.kernels.width * p.kernels.width),
+        divisor(maximum.size()), factor(maximum.size()), ahead(p.dim * p.q.bytes) {}
 
-  void operator()(const Item& item) {
+  // `next`: what the thread probably takes after it, or null
+  void operator()(const Item& item, const Item* next) {
     const Piece& piece = *item.piece;
     const int64_t group = item.head / p.group, end = item.begin + item.count;
     p.panel(p.q, piece.b, piece.q_begin + item.begin, item.count, item.head, static_cast<Real>(p.scale), panel_q.data());
-    std::fill_n(sums.data(), item.count * p.ld, Real(0));
-    std::fill_n(maximum.data(), item.count, -std::numeric_limits<Real>::infinity());
-    std::fill_n(divisor.data(), item.count, Real(0));
+    std::fill(maximum.begin(), maximum.end(), -std::numeric_limits<Real>::infinity());
+    std::fill(divisor.begin(), divisor.end(), Real(0));
     const int64_t visible = p.causal ? std::min(piece.keys, end) : piece.keys;
+    if (visible == 0) std::fill_n(sums.data(), item.count * p.ld, Real(0));
     for (int64_t j = 0; j < visible; j += block_keys) {
       const int64_t count = std::min(block_keys, piece.keys - j);
       p.panel(p.k, piece.b, piece.k_begin + j, count, group, Real(1), keys.data());
       p.kernels.transpose(keys.data(), count, p.dim, p.ld, transposed.data());
       p.panel(p.v, piece.b, piece.k_begin + j, count, group, Real(1), values.data());
+      ahead.begin(item.count / 2);  // three products of it, five or six rows at a time
+      if (j + block_keys < visible) ask_for_keys(piece, group, j + block_keys);
+      else if (next) {
+        p.ask(ahead, p.q, next->piece->b, next->piece->q_begin + next->begin, next->count, next->head);
+        ask_for_keys(*next->piece, next->head / p.group, 0);
+      }
       for (int64_t t = item.begin; t < end; t += block_queries) {
         const int64_t queries = std::min(block_queries, end - t);
         if (p.seen(t + queries - 1, j, count) > 0) block(piece, item, t, queries, j, count);
@@ -43,22 +51,32 @@ class Forward {
   }
 
  private:
+  void ask_for_keys(const Piece& piece, int64_t group, int64_t j) {
+    const int64_t count = std::min(block_keys, piece.keys - j);
+    p.ask(ahead, p.k, piece.b, piece.k_begin + j, count, group);
+    p.ask(ahead, p.v, piece.b, piece.k_begin + j, count, group);
+  }
+
   void block(const Piece& piece, const Item& item, int64_t t, int64_t queries, int64_t j, int64_t count) {
     const int64_t first = t - item.begin;
-    p.logits(piece, item.head, t, queries, j, count, panel_q.data() + first * p.ld, transposed.data(), weights.data());
-    for (int64_t i = 0; i < queries; ++i) {
-      const Real factor = p.kernels.soften(weights.data() + i * block_keys, p.seen(t + i, j, count), count, &maximum[first + i],
-                                           &divisor[first + i]);
-      if (factor != 1) p.kernels.scale(sums.data() + (first + i) * p.ld, factor, p.ld);
-    }
+    p.logits(piece, item.head, t, queries, j, count, panel_q.data() + first * p.ld, transposed.data(), weights.data(),
+             ahead);
+    if (p.causal)
+      for (int64_t i = 0; i < queries; ++i) seen[i] = p.seen(t + i, j, count);
+    const bool changed = p.kernels.soften(weights.data(), queries, p.causal ? seen.data() : nullptr, count, &maximum[first],
+                                          &divisor[first], &factor[first]);
+    if (j > 0 && changed) p.kernels.rescale(sums.data() + first * p.ld, queries, p.ld, &factor[first]);
     p.kernels.multiply(queries, p.ld, count, weights.data(), block_keys, 1, values.data(), p.ld, sums.data() + first * p.ld, p.ld,
-                       true);
+                       j > 0, ahead);
   }
 
   const Problem<Real>& p;
   const Tokens& out;
   LogSumExp lse;
-  Buffer<Real> panel_q, sums, keys, transposed, values, weights, maximum, divisor;
+  Buffer<Real> panel_q, sums, keys, transposed, values, weights;
+  Buffer<int64_t> seen;
+  Buffer<Real> maximum, divisor, factor;
+  Ahead ahead;
 };
 
 template <class Worker, class Real>
@@ -72,8 +90,11 @@ void forward(const Problem<Real>& p, const Tokens& out, const Tensor& lse) {
         items.push_back({&piece, head, t, std::min(Worker::queries_at_a_time, piece.queries - t)});
   }
   const LogSumExp lse_data(lse);
+  const size_t threads = torch::stable::get_num_threads();
   const auto make = [&] {
-    return [&, worker = Worker(p, most_queries, out, lse_data)](int64_t i) mutable { worker(items[i]); };
+    return [&, worker = Worker(p, most_queries, out, lse_data)](size_t i) mutable {
+      worker(items[i], i + threads < items.size() ? &items[i + threads] : nullptr);
+    };
   };
   // 8 products of a cycle's 32
   parallel_on_demand(static_cast<int64_t>(items.size()), make, most_queries * p.k.length * p.dim / 8);

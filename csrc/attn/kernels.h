@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "attn/tables.h"
+#include "simd/exchange.h"
 #include "simd/storage.h"
 
 namespace mmgen_kernels::attn {
@@ -57,32 +58,35 @@ struct Loops {
 
   // With 32 registers 5 vectors by 5 rows (80 channels of a head of 72), 4 by 6 (64 keys or channels); with 16, 3 by 4.
   static constexpr int most_vectors = Lanes::registers == 32 ? 5 : 3;
+  static constexpr int most_exponentials = Lanes::registers == 32 ? 4 : 2;  // at a time
   static constexpr int most_rows(int vectors) { return std::min(8, (Lanes::registers - 1 - vectors) / vectors); }
 
   // -- products
 
   template <int NV, int R>
   static void rows(int64_t m, int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b, int64_t b_row, Real* c,
-                   int64_t c_row, bool add) {
-    for (; m >= R; m -= R, a += R * a_row, c += R * c_row)
+                   int64_t c_row, bool add, Ahead& ahead) {
+    for (; m >= R; m -= R, a += R * a_row, c += R * c_row) {
       multiply_block<Lanes, R, NV>(k, a, a_row, a_column, b, b_row, c, c_row, add);
+      ahead.step();
+    }
     if constexpr (R > 1) {
-      if (m > 0) rows<NV, R / 2>(m, k, a, a_row, a_column, b, b_row, c, c_row, add);
+      if (m > 0) rows<NV, R / 2>(m, k, a, a_row, a_column, b, b_row, c, c_row, add, ahead);
     }
   }
 
   template <int NV>
   static void columns(int vectors, int64_t m, int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b,
-                      int64_t b_row, Real* c, int64_t c_row, bool add) {
-    if (vectors == NV) return rows<NV, most_rows(NV)>(m, k, a, a_row, a_column, b, b_row, c, c_row, add);
-    if constexpr (NV > 1) columns<NV - 1>(vectors, m, k, a, a_row, a_column, b, b_row, c, c_row, add);
+                      int64_t b_row, Real* c, int64_t c_row, bool add, Ahead& ahead) {
+    if (vectors == NV) return rows<NV, most_rows(NV)>(m, k, a, a_row, a_column, b, b_row, c, c_row, add, ahead);
+    if constexpr (NV > 1) columns<NV - 1>(vectors, m, k, a, a_row, a_column, b, b_row, c, c_row, add, ahead);
   }
 
   static void multiply(int64_t m, int64_t n, int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b,
-                       int64_t b_row, Real* c, int64_t c_row, bool add) {
+                       int64_t b_row, Real* c, int64_t c_row, bool add, Ahead& ahead) {
     for (int64_t left = n / W; left > 0;) {  // in pieces of about the same width
       const int64_t pieces = (left + most_vectors - 1) / most_vectors, vectors = (left + pieces - 1) / pieces;
-      columns<most_vectors>(static_cast<int>(vectors), m, k, a, a_row, a_column, b, b_row, c, c_row, add);
+      columns<most_vectors>(static_cast<int>(vectors), m, k, a, a_row, a_column, b, b_row, c, c_row, add, ahead);
       left -= vectors, b += vectors * W, c += vectors * W;
     }
   }
@@ -90,10 +94,16 @@ struct Loops {
   static int64_t padded(int64_t count) { return (count + W - 1) / W * W; }
 
   static void transpose(const Real* panel, int64_t keys, int64_t dim, int64_t ld, Real* out) {
-    for (int64_t d = 0; d < dim; ++d) {
-      for (int64_t j = 0; j < keys; ++j) out[d * block_keys + j] = panel[j * ld + d];
-      std::fill(out + d * block_keys + keys, out + d * block_keys + padded(keys), Real(0));
-    }
+    for (int64_t j = 0; j < keys; j += W)
+      for (int64_t d = 0; d < dim; d += W) {
+        Vec rows[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) rows[i] = j + i < keys ? Lanes::load(panel + (j + i) * ld + d) : Vec{};
+        simd::transpose(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+          if (d + i < dim) Lanes::store(out + (d + i) * block_keys + j, rows[i]);
+      }
   }
 
   // -- rows
@@ -117,9 +127,12 @@ struct Loops {
     if (d < dim) simd::store<Lanes, T>(simd::Part<Lanes>{dim - d}, to + d, by * Lanes::load(row + d));
   }
 
-  static void scale(Real* row, Real factor, int64_t ld) {
-    const Vec by = Lanes::broadcast(factor);
-    for (int64_t d = 0; d < ld; d += W) Lanes::store(row + d, by * Lanes::load(row + d));
+  static void rescale(Real* panel, int64_t rows, int64_t ld, const Real* factor) {
+    for (int64_t i = 0; i < rows; ++i, panel += ld) {
+      if (factor[i] == 1) continue;
+      const Vec by = Lanes::broadcast(factor[i]);
+      for (int64_t d = 0; d < ld; d += W) Lanes::store(panel + d, by * Lanes::load(panel + d));
+    }
   }
 
   // In fp64: its error is shared by the gradients of all logits of a query, and does not average out.
@@ -159,57 +172,119 @@ struct Loops {
     if (j < keys) Lanes::store(logits + j, Lanes::load(logits + j) + simd::load<Lanes, T>(simd::Part<Lanes>{keys - j}, from + j));
   }
 
-  static Real highest(Vec v) {  // NaN is passed over: the sum finds it
-    Real lane[W];
-    Lanes::store(lane, v);
-    for (int half = W / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
-    return lane[0];
+  static Vec highest(Vec a, Vec b) { return b > a ? b : a; }  // NaN is passed over: the sum finds it
+
+  // The total of each of W vectors, in fp64.
+  static Vec totals(Vec* rows) {
+    const auto add = [](auto a, auto b) { return a + b; };
+    if constexpr (sizeof(Real) == sizeof(double)) return simd::fold(rows, add);
+    else {
+      typename Lanes::HalfWide wide[W], total[2];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) wide[i] = Lanes::halved(rows[i]);
+      for (int i = 0; i < 2; ++i) total[i] = simd::fold(wide + i * W / 2, add);
+      return Lanes::narrow(total[0], total[1]);
+    }
   }
 
-  static Real soften(Real* logits, int64_t keys, int64_t columns, Real* maximum, Real* sum) {
+  // `of`, and `instead` from lane `there` on.
+  static Vec first_lanes(Vec of, int64_t there, Real instead) {
+    Vec lane;
+    for (int i = 0; i < W; ++i) lane[i] = static_cast<Real>(i);
+    return lane < static_cast<Real>(there) ? of : Lanes::broadcast(instead);
+  }
+
+  // N vectors of logits -> weights; returns `sum` and what they add to it.
+  template <int N>
+  __attribute__((noinline)) static Vec weigh(Real* logits, Vec subtracted, Vec sum) {
+    Vec weight[N];
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) weight[v] = Lanes::load(logits + v * W) - subtracted;
+    simd::exponentials<Lanes, N>(weight);
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) Lanes::store(logits + v * W, weight[v]), sum += weight[v];
+    return sum;
+  }
+
+  // W rows at a time, so that nobody waits for one row's maximum or sum.
+  static bool soften(Real* logits, int64_t rows, const int64_t* seen, int64_t columns, Real* maximum, Real* sum, Real* factor) {
     constexpr Real lowest = -std::numeric_limits<Real>::infinity();
     const int64_t end = padded(columns);
-    std::fill(logits + keys, logits + end, lowest);
-    Vec peak = Lanes::broadcast(lowest);
-    for (int64_t j = 0; j < end; j += W) {
-      const Vec x = Lanes::load(logits + j);
-      peak = x > peak ? x : peak;
+    bool changed = false;
+    for (int64_t i = 0; i < rows; i += W, logits += W * block_keys, maximum += W, sum += W, factor += W) {
+      const int64_t count = std::min<int64_t>(W, rows - i);
+      Vec of_row[W];
+      std::fill_n(of_row, W, Lanes::broadcast(lowest));
+      for (int64_t r = 0; r < count; ++r) {
+        Real* row = logits + r * block_keys;
+        const int64_t keys = seen ? seen[i + r] : columns;
+        for (int64_t j = keys / W * W; j < end; j += W) Lanes::store(row + j, first_lanes(Lanes::load(row + j), keys - j, lowest));
+        Vec peak = Lanes::broadcast(lowest);
+        for (int64_t j = 0; j < end; j += W) peak = highest(peak, Lanes::load(row + j));
+        of_row[r] = peak;
+      }
+      const Vec before = Lanes::load(maximum), now = highest(before, simd::fold(of_row, highest));
+      // Where nothing was seen yet, not even -inf is subtracted: -inf - -inf is NaN.
+      const Vec subtracted = now == lowest ? Vec{} : now;
+      const Vec change = before == now ? Lanes::broadcast(1) : simd::exponential<Lanes>(before - subtracted);
+      Real of_lane[W];
+      Lanes::store(of_lane, subtracted);
+      for (int64_t r = 0; r < count; ++r) {
+        Real* row = logits + r * block_keys;
+        const Vec by = Lanes::broadcast(of_lane[r]);
+        Vec added{};
+        int64_t j = 0;
+        for (; j + most_exponentials * W <= end; j += most_exponentials * W)
+          added = weigh<most_exponentials>(row + j, by, added);
+        for (; j < end; j += W) added = weigh<1>(row + j, by, added);
+        of_row[r] = added;
+      }
+      Lanes::store(maximum, now);
+      Lanes::store(sum, Lanes::load(sum) * change + totals(of_row));
+      Lanes::store(factor, change);
+      for (int64_t r = 0; r < count; ++r) changed |= factor[r] != 1;
     }
-    const Real before = *maximum, now = std::max(before, highest(peak));
-    *maximum = now;
-    // Where nothing was seen yet, not even -inf is subtracted: -inf - -inf is NaN.
-    const Vec subtracted = Lanes::broadcast(now == lowest ? Real(0) : now);
-    Vec added{};
-    for (int64_t j = 0; j < end; j += W) {
-      const Vec weight = simd::exponential<Lanes>(Lanes::load(logits + j) - subtracted);
-      Lanes::store(logits + j, weight);
-      added += weight;
+    return changed;
+  }
+
+  struct OfQuery {
+    Vec lse, rest, mean, grad_lse;
+  };
+
+  template <int N>
+  static void differentiate(Real* logits, Real* grad_weights, const OfQuery& of) {
+    Vec logit[N], difference[N], weight[N];
+#define EACH _Pragma("GCC unroll 4") for (int v = 0; v < N; ++v)
+    EACH logit[v] = Lanes::load(logits + v * W), difference[v] = weight[v] = logit[v] - of.lse;
+    simd::exponentials<Lanes, N>(weight);
+    EACH {
+      // What rounding the difference left out, which in fp32 would be twice the error of all else. Inf - Inf is no correction.
+      const Vec left_out = ((logit[v] - difference[v]) - of.lse) - of.rest, exact = weight[v];
+      weight[v] = exact == 0 ? Vec{} : Lanes::fmadd(exact, left_out, exact);
+      Lanes::store(logits + v * W, weight[v]);
     }
-    const Real factor = before == now ? Real(1) : static_cast<Real>(std::exp(before - now));
-    *sum = *sum * factor + static_cast<Real>(Lanes::sum(added));
-    return factor;
+    EACH {
+      const Vec gradient = weight[v] * (Lanes::load(grad_weights + v * W) - of.mean);
+      // A query that sees one key alone has no gradient but that of lse; the difference would be one of roundings.
+      const Vec alone = weight[v] == 1 ? of.grad_lse : gradient;
+      Lanes::store(grad_weights + v * W, weight[v] == 0 ? Vec{} : alone);
+    }
+#undef EACH
   }
 
   static void differentiate(Real* logits, Real* grad_weights, double lse, Real inner, Real grad_lse, int64_t keys,
                             int64_t columns) {
     constexpr Real infinity = std::numeric_limits<Real>::infinity();
     const int64_t end = padded(columns);
-    std::fill(logits + keys, logits + end, -infinity);
+    for (int64_t j = keys / W * W; j < end; j += W)
+      Lanes::store(logits + j, first_lanes(Lanes::load(logits + j), keys - j, -infinity));
     const Real high = lse == -infinity ? infinity : static_cast<Real>(lse);
     const Real low = high == infinity ? 0 : static_cast<Real>(lse - high);
-    const Vec subtracted = Lanes::broadcast(high), rest = Lanes::broadcast(low), mean = Lanes::broadcast(inner - grad_lse);
-    for (int64_t j = 0; j < end; j += W) {
-      const Vec logit = Lanes::load(logits + j), difference = logit - subtracted, exact = simd::exponential<Lanes>(difference);
-      // What rounding the difference left out, which in fp32 would be twice the error of all else. Inf - Inf is no correction.
-      const Vec left_out = ((logit - difference) - subtracted) - rest;
-      const Vec weight = exact == 0 ? Vec{} : Lanes::fmadd(exact, left_out, exact);
-      const Vec gradient = weight * (Lanes::load(grad_weights + j) - mean);
-      Lanes::store(logits + j, weight);
-      // A query that sees one key alone has no gradient but that of lse; the difference would be one of roundings.
-      const Vec alone = weight == 1 ? Lanes::broadcast(grad_lse) : gradient;
-      Lanes::store(grad_weights + j, weight == 0 ? Vec{} : alone);
-    }
+    const OfQuery of{Lanes::broadcast(high), Lanes::broadcast(low), Lanes::broadcast(inner - grad_lse), Lanes::broadcast(grad_lse)};
+    int64_t j = 0;
+    for (; j + most_exponentials * W <= end; j += most_exponentials * W)
+      differentiate<most_exponentials>(logits + j, grad_weights + j, of);
+    for (; j < end; j += W) differentiate<1>(logits + j, grad_weights + j, of);
   }
 };
 
@@ -227,7 +302,7 @@ constexpr Kernels<typename Lanes::Real> kernels() {
           .add_bias = BY_DTYPE(add_bias),
           .soften = Of::soften,
           .differentiate = Of::differentiate,
-          .scale = Of::scale,
+          .rescale = Of::rescale,
           .dots = Of::dots,
           .total = Of::total};
 }

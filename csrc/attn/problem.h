@@ -172,21 +172,29 @@ struct Problem {
     for (int64_t i = 0; i < count; ++i) kernels.widen[of.dtype](of.row(b, begin + i, head), dim, factor, ld, out + i * ld);
   }
 
+  static void ask(Ahead& ahead, const Tokens& of, int64_t b, int64_t begin, int64_t count, int64_t head) {
+    const int64_t in_first = std::clamp<int64_t>(of.split(b) - begin, 0, count);
+    ahead.ask(of.row(b, begin, head), of.first.stride[1], in_first);
+    if (in_first < count) ahead.ask(of.row(b, begin + in_first, head), of.second.stride[1], count - in_first);
+  }
+
   // Logits of `queries` rows of a panel of scaled queries, the first of them number t of its piece, with a block of `keys` keys
   // from number j on.
   void logits(const Piece& piece, int64_t head, int64_t t, int64_t queries, int64_t j, int64_t keys, const Real* panel_q,
-              const Real* transposed_k, Real* out) const {
-    inner_products(queries, keys, panel_q, transposed_k, out);
+              const Real* transposed_k, Real* out, Ahead& ahead) const {
+    inner_products(queries, keys, panel_q, transposed_k, out, ahead);
     if (!bias.given()) return;
     for (int64_t i = 0; i < queries; ++i)
       kernels.add_bias[bias.dtype](out + i * block_keys, bias.at(piece.b, head, t + i, j), bias.one_for_all_keys(), keys);
   }
   // Of rows of a panel with the columns of a transposed one. Two sums of half as many products err by 0.7 of what one of all does.
-  void inner_products(int64_t rows, int64_t columns, const Real* panel, const Real* transposed, Real* out) const {
+  void inner_products(int64_t rows, int64_t columns, const Real* panel, const Real* transposed, Real* out,
+                      Ahead& ahead) const {
     const int64_t half = dim / 2, padded = (columns + kernels.width - 1) / kernels.width * kernels.width;
-    kernels.multiply(rows, padded, half, panel, ld, 1, transposed, block_keys, out, block_keys, false);
+    kernels.multiply(rows, padded, half, panel, ld, 1, transposed, block_keys, out, block_keys, false,
+                     ahead);
     kernels.multiply(rows, padded, dim - half, panel + half, ld, 1, transposed + half * block_keys, block_keys, out, block_keys,
-                     true);
+                     true, ahead);
   }
 
   // How many keys of a block from j on the query number t of its piece sees.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attn/ahead.h"
 #include "simd/instruction_set.h"
 
 namespace mmgen_kernels::attn {
@@ -25,19 +26,22 @@ struct Kernels {
   // (keys, dim), stride ld -> (dim, keys), stride block_keys, 0 past `keys` up to a whole vector
   void (*transpose)(const Real* panel, int64_t keys, int64_t dim, int64_t ld, Real* out);
 
-  // c (m, n) = or += a (m, k) b (k, n). a is read as a[i a_row + j a_column]; n is a multiple of the vector's width.
+  // c (m, n) = or += a (m, k) b (k, n). a is read as a[i a_row + j a_column]; n is a multiple of the vector's width. Takes a step
+  // ahead after each block of rows.
   void (*multiply)(int64_t m, int64_t n, int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b, int64_t b_row,
-                   Real* c, int64_t c_row, bool add);
+                   Real* c, int64_t c_row, bool add, Ahead& ahead);
 
   // logits += bias: a row of `keys`, or one number for all
   void (*add_bias[4])(Real* logits, const void* bias, bool one, int64_t keys);
-  // logits -> weights exp(logit - maximum), 0 past `keys`, after the running maximum and the sum of the row were brought up to
-  // date; returns what multiplies what was summed with the old maximum.
-  Real (*soften)(Real* logits, int64_t keys, int64_t columns, Real* maximum, Real* sum);
+  // logits -> weights exp(logit - maximum), 0 past the keys that a row sees (seen[row]; null: all columns), after the running
+  // maximum and the sum of each row were brought up to date. factor is what multiplies what was summed with the old maximum;
+  // returns whether any is not 1. The last three have room for a whole vector.
+  bool (*soften)(Real* logits, int64_t rows, const int64_t* seen, int64_t columns, Real* maximum, Real* sum, Real* factor);
   // logits -> weights exp(logit - lse), 0 past `keys`; grad_weights -> gradients of the logits: weight (grad - inner + grad_lse),
   // where inner = sum weight grad = out . grad_out
   void (*differentiate)(Real* logits, Real* grad_weights, double lse, Real inner, Real grad_lse, int64_t keys, int64_t columns);
-  void (*scale)(Real* row, Real factor, int64_t ld);
+  // each row of a panel times its factor
+  void (*rescale)(Real* panel, int64_t rows, int64_t ld, const Real* factor);
   // out = the inner product of each row of a with the same row of b
   void (*dots)(int64_t rows, const Real* a, const Real* b, int64_t ld, Real* out);
   double (*total)(const Real* row, int64_t keys);

@@ -75,7 +75,7 @@ class TiledBackward {
     for (Tiles* of : {&weights, &gradients, &gradients_of_queries}) of->resize(block.logits.steps * 2 * query_steps * tile_bytes);
   }
 
-  void operator()(const Piece& piece, int64_t group) {
+  void operator()(const Piece& piece, int64_t group, const Piece*, int64_t) {
     const int64_t query_tiles = tiles_of(piece.queries, tile_queries) * 2, key_tiles = tiles_of(piece.keys, tile_side);
     for (Tiles* of : {&pairs_q, &pairs_grad}) of->resize(query_tiles / 2 * channels.tiles * tile_bytes);
     sum_q.resize(query_tiles * channels.tiles * tile_bytes);

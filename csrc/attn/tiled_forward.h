@@ -17,7 +17,7 @@ class TiledForward {
         keys(block.steps * 2 * channels.steps * tile_bytes), values(block.steps * channels.tiles * tile_bytes),
         factor(filled_up(most_queries, tile_side)), maximum(factor.size()), divisor(factor.size()) {}
 
-  void operator()(const Item& item) {
+  void operator()(const Item& item, const Item*) {
     const Piece& piece = *item.piece;
     const int64_t group = item.head / p.group, end = item.begin + item.count, padded = filled_up(item.count, tile_side);
     kernels.pack_rows_transposed(rows_of(p.q, piece.b, piece.q_begin + item.begin, item.count, item.head), padded, queries.data());

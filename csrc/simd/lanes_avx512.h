@@ -11,10 +11,10 @@ namespace {  // internal linkage: compiled once per instruction set, and the cop
 struct LanesAvx512 : Vectors<float, 64>, Words<16> {
   static constexpr int registers = 32;
   static Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  static double sum(Vec v) {
-    const __m256 high = _mm512_extractf32x8_ps(v, 1);
-    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(high)));
+  static HalfWide halved(Vec v) {
+    return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
   }
+  static double sum(Vec v) { return _mm512_reduce_add_pd(halved(v)); }
   static Vec from_bf16(Half h) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16); }
   static Half to_bf16(Vec v) { return (Half)_mm512_cvtepi32_epi16((__m512i)bf16_bits(v)); }
   static Vec from_half(Half h) { return _mm512_cvtph_ps((__m256i)h); }

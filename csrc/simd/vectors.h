@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace mmgen_kernels::simd {
 namespace {  // internal linkage: compiled once per instruction set, and the copies must not be merged
@@ -30,47 +31,72 @@ struct Vectors {
       for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
     return lane[0];
   }
+  // In fp64 its lower half added to its upper one, and two of those as a vector.
+  typedef double HalfWide __attribute__((vector_size(width * sizeof(double) / 2)));
+  static HalfWide halved(Vec v) { return halved(v, std::make_integer_sequence<int, width / 2>()); }
+  static Vec narrow(HalfWide low, HalfWide high) { return narrow(low, high, std::make_integer_sequence<int, width>()); }
   static Vec broadcast(T x) { return x - Vec{}; }  // and not x + 0, which has no -0
+
+ private:
+  template <int... LANE>
+  static HalfWide halved(Vec v, std::integer_sequence<int, LANE...>) {
+    return __builtin_convertvector(__builtin_shufflevector(v, v, LANE...), HalfWide) +
+           __builtin_convertvector(__builtin_shufflevector(v, v, (LANE + width / 2)...), HalfWide);
+  }
+  template <int... LANE>
+  static Vec narrow(HalfWide low, HalfWide high, std::integer_sequence<int, LANE...>) {
+    return __builtin_convertvector(__builtin_shufflevector(low, high, LANE...), Vec);
+  }
 };
 
-// q of e^r = 1 + r + r^2 q(r) for |r| <= ln 2 / 2: a minimax polynomial, 0.06 of 2^-24 off.
-template <class Lanes, class V>
-V rest_of_exponential(V r) {
-  const auto step = [&](V q, float next) {
-    if constexpr (sizeof(V) == sizeof(typename Lanes::Vec)) return Lanes::fmadd(r, q, Lanes::broadcast(next));
-    else return r * q + next;
-  };
-  V q = step(0x1.6a23cep-10f - V{}, 0x1.123a2p-7f);
-  q = step(q, 0x1.5558f2p-5f);
-  q = step(q, 0x1.555492p-3f);
-  return step(q, 0x1.fffffcp-2f);
-}
+// q of e^r = 1 + r + r^2 q(r) for |r| <= ln 2 / 2, highest power first: a minimax polynomial, 0.06 of 2^-24 off.
+constexpr float rest_of_exponential[] = {0x1.6a23cep-10f, 0x1.123a2p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f};
 
 // e^x within 1 ulp for x <= 88; larger x count as 88.37. Below the smallest normal number the result is 0. NaN stays NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2.
-template <class Lanes>
-typename Lanes::Vec exponential(typename Lanes::Vec x) {
+// x = n ln 2 + r with |r| <= ln 2 / 2. Of N vectors at a time, step by step: one waits 50 cycles for its own steps, and a
+// processor does not look far enough ahead to find those of the next.
+template <class Lanes, int N>
+__attribute__((always_inline)) inline void exponentials(typename Lanes::Vec* x) {
   using Vec = typename Lanes::Vec;
   if constexpr (sizeof(typename Lanes::Real) == sizeof(double)) {
-    for (int i = 0; i < Lanes::width; ++i) x[i] = std::exp(x[i]);
-    return x;
+    for (int v = 0; v < N; ++v) {
+      Vec y = x[v];
+      for (int i = 0; i < Lanes::width; ++i) y[i] = std::exp(y[i]);
+      x[v] = y;
+    }
   } else {
     using Bits = typename Lanes::Bits;
     const auto all = [](float value) { return Lanes::broadcast(value); };
     constexpr float to_integer = 0x1.8p23f;  // a sum with it has its units in the last bits
     constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;  // n ln2_high is exact
-    const Vec limited = x > 88.37f ? all(88.37f) : x;
-    const Vec shifted = Lanes::fmadd(limited, all(0x1.715476p0f), all(to_integer));
-    const Vec n = shifted - to_integer;
-    const Vec r = Lanes::fmadd(n, all(-ln2_low), Lanes::fmadd(n, all(-ln2_high), limited));
-    const Vec value = Lanes::fmadd(r * r, rest_of_exponential<Lanes>(r), r) + 1.0f;
-    Bits exponent;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = (exponent + 127) << 23;  // n + 127; the bits of to_integer fall off the end
-    Vec power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return x < -87.33654f ? Vec{} : value * power;
+    Vec limited[N], shifted[N], r[N], value[N], power[N];
+#define EACH _Pragma("GCC unroll 8") for (int v = 0; v < N; ++v)
+    const Vec highest = all(88.37f);
+    EACH limited[v] = highest < x[v] ? highest : x[v];
+    EACH shifted[v] = Lanes::fmadd(limited[v], all(0x1.715476p0f), all(to_integer));
+    EACH value[v] = shifted[v] - to_integer;  // n
+    EACH r[v] = Lanes::fmadd(value[v], all(-ln2_high), limited[v]);
+    EACH r[v] = Lanes::fmadd(value[v], all(-ln2_low), r[v]);
+    EACH value[v] = all(rest_of_exponential[0]);
+#pragma GCC unroll 4
+    for (int power = 1; power < 5; ++power)
+      EACH value[v] = Lanes::fmadd(r[v], value[v], all(rest_of_exponential[power]));
+    EACH {
+      Bits exponent;
+      std::memcpy(&exponent, &shifted[v], sizeof exponent);
+      exponent = (exponent + 127) << 23;  // n + 127; the bits of to_integer fall off the end
+      std::memcpy(&power[v], &exponent, sizeof exponent);
+    }
+    EACH value[v] = Lanes::fmadd(r[v] * r[v], value[v], r[v]);
+    EACH value[v] = (value[v] + 1.0f) * power[v];
+    EACH x[v] = x[v] < -87.33654f ? Vec{} : value[v];
+#undef EACH
   }
+}
+template <class Lanes>
+typename Lanes::Vec exponential(typename Lanes::Vec x) {
+  exponentials<Lanes, 1>(&x);
+  return x;
 }
 
 // e^x - 1 for |x| <= 700 with an error of 2^-28 of the result, small x included: what is made of it rounds to fp32 once.
@@ -80,7 +106,9 @@ typename Lanes::Wide exponential_less_one(typename Lanes::Wide x) {
   typedef int64_t Bits __attribute__((vector_size(sizeof(Wide))));
   constexpr double to_integer = 0x1.8p52;
   const Wide shifted = x * 0x1.71547652b82fep0 + to_integer, n = shifted - to_integer, r = x - n * 0x1.62e42fefa39efp-1;
-  const Wide rest = r + r * r * rest_of_exponential<Lanes>(r);
+  Wide q = rest_of_exponential[0] - Wide{};
+  for (int power = 1; power < 5; ++power) q = r * q + rest_of_exponential[power];
+  const Wide rest = r + r * r * q;
   const Wide power = (Wide)(((Bits)shifted + 1023) << 52);
   return power * rest + (power - 1);
 }
