@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import operator as python
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as functorch_is_active  # type: ignore[attr-defined]
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # type: ignore[attr-defined]
 from torch._C import _DisableAutocast as NoAutocast  # type: ignore[attr-defined]
+from torch._C._functorch import unwrap_if_dead
 
 NAMESPACE = "mmgen_kernels"
 INLINE = "inline"  # no implementation: compiled code is to see the reference itself
@@ -48,12 +50,18 @@ class Operator:
         self.name = parsed.name.removeprefix(f"{NAMESPACE}::")
         self.inputs = [a.name for a in parsed.arguments]
         self.outputs = [r.name for r in parsed.returns]
+        self.tensors = [i for i, a in enumerate(parsed.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
         self.written = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.reference, self.fake, self.launchers = reference, fake, launchers
         self.parts: tuple[Operator, ...] = ()  # the operators that it calls
         self.backward: Operator | None = None
-        self.passed_on: dict[str, int] = {}  # input -> the output whose gradient it has
-        self.sources: list[tuple[str, int]] = []  # where each argument of the backward comes from
+        # Set by `wire`, each from a tuple to the part of it that is wanted:
+        self.saved: Callable[[Sequence], tuple]  # of inputs and outputs, the tensors that the backward wants
+        self.plain: Callable[[Sequence], tuple]  # and what else it wants of them
+        self.shaped: list[int] = []  # the inputs whose sizes it wants
+        self.arguments: Callable[[Sequence], tuple]  # of what `gradients` has, in the order of the backward's schema
+        self.wanted: Callable[[Sequence], tuple]  # of the inputs, those that `needs` speaks of
+        self.gradient_of: list[int] = []  # of each input, in (None, *results, *upstream gradients)
         self.overloads: dict[str, Any] = {}
         self.has_cpp = False  # set once the C++ part is loaded: a plain attribute, which Dynamo can guard
 
@@ -78,8 +86,10 @@ class Operator:
         overload = self.overloads[implementation]
         if functorch_is_active():
             return overload(*args) if self.backward is None else _Functorch.apply(self, implementation, *args)
-        if self.backward is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return _Eager.apply(self, implementation, *args)
+        if self.backward is not None and torch.is_grad_enabled():
+            for i in self.tensors:
+                if args[i] is not None and args[i].requires_grad:
+                    return _apply_eager(self, implementation, *[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
         with BelowAutograd():
             output = overload(*args)
         for i in self.written:  # below autograd nobody else tells it that what it may have saved is no longer there
@@ -89,27 +99,50 @@ class Operator:
     # -- autograd by names --------------------------------------------------------------------------------------------
 
     def wire(self, backward: Operator, passed_on: dict[str, str]) -> None:
-        """Resolves every argument of the backward to its source, and registers autograd for each overload."""
-        self.passed_on = {name: self.outputs.index(output) for name, output in passed_on.items()}
+        """Resolves every argument of the backward to its source, and registers autograd for each overload.
+
+        What a name means is found out here, once: a step of a small model makes thousands of calls.
+        """
+        known = [*self.inputs, *self.outputs]
+        tensors = {*self.tensors, *range(len(self.inputs), len(known))}
+        kinds: dict[str, list[int]] = {"gradient": [], "needed": [], "saved": [], "plain": [], "shape": [], "needs": []}
+        sources: list[tuple[str, int]] = []
         for name in backward.inputs:
             if name == "needs":  # a schema has room for 64 arguments
-                self.sources.append(("needs", 0))
-                continue
-            for prefix, suffix, kind, known in (
-                ("grad_", "", "gradient", self.outputs),
-                ("need_grad_", "", "needed", self.inputs),
-                ("", "_shape", "shape", self.inputs),
-                ("", "", "input", self.inputs),
-                ("", "", "output", self.outputs),
-            ):
-                stem = name.removeprefix(prefix).removesuffix(suffix)
-                if name.startswith(prefix) and name.endswith(suffix) and stem in known:
-                    self.sources.append((kind, known.index(stem)))
-                    break
+                kind, of = "needs", 0
+            elif name.startswith("grad_") and name[5:] in self.outputs:
+                kind, of = "gradient", self.outputs.index(name[5:])
+            elif name.startswith("need_grad_") and name[10:] in self.inputs:
+                kind, of = "needed", self.inputs.index(name[10:])
+            elif name.endswith("_shape") and name[:-6] in self.inputs:
+                kind, of = "shape", self.inputs.index(name[:-6])
+            elif name in known:
+                of = known.index(name)
+                kind = "saved" if of in tensors else "plain"
             else:
                 raise ValueError(f"{backward.name}: argument {name!r} names nothing of {self.name}")
+            if kind in ("saved", "plain", "shape"):
+                kinds[kind].append(of)
+                of = len(kinds[kind]) - 1
+            sources.append((kind, of))
         if unknown := [r for r in backward.outputs if r.removeprefix("grad_") not in self.inputs and r not in self.outputs]:
             raise ValueError(f"{backward.name}: results {unknown} are neither grad_<input of {self.name}> nor an output of it")
+        begin, at = {}, 0  # `gradients` has these one after the other
+        for kind, count in (
+            ("gradient", len(self.outputs)),
+            ("needed", len(self.inputs)),
+            ("saved", len(kinds["saved"])),
+            ("plain", len(kinds["plain"])),
+            ("shape", len(kinds["shape"])),
+            ("needs", 1),
+        ):
+            begin[kind], at = at, at + count
+        self.saved, self.plain, self.shaped = picker(kinds["saved"]), picker(kinds["plain"]), kinds["shape"]
+        self.arguments = picker([begin[kind] + of for kind, of in sources])
+        self.wanted = picker([i for i, name in enumerate(self.inputs) if f"grad_{name}" in backward.outputs])
+        places = {result: 1 + i for i, result in enumerate(backward.outputs)}
+        places |= {f"grad_{name}": 1 + len(backward.outputs) + self.outputs.index(of) for name, of in passed_on.items()}
+        self.gradient_of = [places.get(f"grad_{name}", 0) for name in self.inputs]
         self.backward = backward
         for implementation, overload in self.overloads.items():
             if implementation in ("cpp", COMPOSED):  # aliases of the default overload
@@ -124,37 +157,19 @@ class Operator:
 
     def save(self, ctx: Any, inputs: tuple, output: Any) -> None:
         """Keeps for the backward what its schema names: tensors as saved tensors, the rest as plain attributes."""
-        outputs = output if isinstance(output, tuple) else (output,)
-        pool = {"input": inputs, "output": outputs}
-        kept = [pool[kind][i] for kind, i in self.sources if kind in pool]
-        ctx.save_for_backward(*[k if isinstance(k, Tensor) else None for k in kept])
-        ctx.plain = [None if isinstance(k, Tensor) else k for k in kept]
-        ctx.shapes = [list(inputs[i].shape) for kind, i in self.sources if kind == "shape"]
+        known = (*inputs, *output) if isinstance(output, tuple) else (*inputs, output)
+        ctx.save_for_backward(*self.saved(known))
+        ctx.rest = (*self.plain(known), *[list(inputs[i].shape) for i in self.shaped])
         ctx.set_materialize_grads(False)
 
     def gradients(self, call: Callable, ctx: Any, *grads: Tensor | None) -> tuple:
         """Calls the backward with arguments found by name; returns one gradient (or None) per input of the forward."""
-        assert self.backward is not None
-        kept = iter([p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)])
-        shapes = iter(ctx.shapes)
         # the two leading arguments of the Function classes below are not inputs of the operator
         needed = ctx.needs_input_grad[-len(self.inputs) :]
-        arguments: list[Any] = []
-        for kind, i in self.sources:
-            if kind == "gradient":
-                arguments.append(None if is_placeholder(grads[i]) else grads[i])
-            elif kind == "needed":
-                arguments.append(needed[i])
-            elif kind == "needs":
-                names = zip(self.inputs, needed, strict=True)
-                arguments.append([need for name, need in names if f"grad_{name}" in self.backward.outputs])
-            else:
-                arguments.append(next(shapes if kind == "shape" else kept))
-        results = call(*arguments)
-        results = results if isinstance(results, tuple) else (results,)
-        by_name = dict(zip(self.backward.outputs, results, strict=True))
-        by_name |= {f"grad_{name}": grads[output] for name, output in self.passed_on.items()}
-        return tuple(by_name.get(f"grad_{name}") if need else None for name, need in zip(self.inputs, needed, strict=True))
+        upstream = [None if is_placeholder(grad) else grad for grad in grads]
+        results = call(*self.arguments((*upstream, *needed, *ctx.saved_tensors, *ctx.rest, list(self.wanted(needed)))))
+        known = (None, *results, *grads) if isinstance(results, tuple) else (None, results, *grads)
+        return tuple([known[of] if need else None for of, need in zip(self.gradient_of, needed, strict=True)])
 
     def refuse_double_backward(self, ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{NAMESPACE}: {self.name} has no derivative; the operator is differentiable once")
@@ -206,6 +221,17 @@ class _Functorch(torch.autograd.Function):
             ctx.operator.refuse_double_backward(ctx)
         call = functools.partial(_Functorch.apply, ctx.operator.backward, ctx.implementation)
         return None, None, *ctx.operator.gradients(call, ctx, *grads)
+
+
+# What Function.apply does where no transform is active, but for the look at each argument's type, which costs 3 us.
+_apply_eager = super(torch.autograd.Function, _Eager).apply  # type: ignore[misc]
+
+
+def picker(indices: Sequence[int]) -> Callable[[Sequence], tuple]:
+    """The function that takes the elements with these indices out of a tuple."""
+    if len(indices) > 1:
+        return python.itemgetter(*indices)
+    return lambda sequence: tuple([sequence[i] for i in indices])
 
 
 def is_placeholder(grad: Tensor | None) -> bool:
