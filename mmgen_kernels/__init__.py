@@ -1,6 +1,6 @@
 """Fused operations for multimodal generative models."""
 
-from mmgen_kernels import backends, nn
+from mmgen_kernels import backends, nn, schedulers
 from mmgen_kernels.attn.joint_attention import joint_attention
 from mmgen_kernels.attn.ops import AttentionOutput, attention
 from mmgen_kernels.attn.qk_norm_rope import qk_norm_rope, rope_table
@@ -63,6 +63,7 @@ __all__ = [
     "residual_quantize",
     "rope_table",
     "scheduler_step",
+    "schedulers",
     "update_codebook_ema_",
     "update_ema",
     "use_backend",

@@ -35,28 +35,35 @@ RULES: tuple[Rule, ...] = (
 
 
 def patch(
-    object: Any, *, families: str | Iterable[str] | None = None, verify: bool = True, strict: bool = False
+    object: Any,
+    *,
+    families: str | Iterable[str] | None = None,
+    verify: bool = True,
+    strict: bool = False,
+    noise: str = "torch",
 ) -> Handle:
-    """Replaces the forwards of modules in `object` by fused ones that do the same, on these instances only.
+    """Replaces forwards of modules and steps of schedulers in `object` by fused ones that do the same, on these instances only.
 
     Parameters, buffers, state_dict, hooks, classes and other instances stay as they are. Which modules of which libraries
     are served, what is not, and how the result differs from stock in rounding: docs/drop-in.md.
 
     Args:
-        object: a module, or a list, tuple or mapping of modules, or an object with modules as attributes (a pipeline).
+        object: a module or a scheduler, or a list, tuple or mapping of them, or an object with such attributes (a pipeline).
         families: which families of operators may be used, such as "vq" or "modulation"; None means all.
         verify: compares each kind of module with the stock one first, on copies and once per process: outputs, gradients and
             buffers of two training steps and one call in eval mode. What differs by more than rounding is kept as it is.
+        noise: of schedulers: "torch" draws what diffusers draws, the same bits from the same generator; "philox" draws in
+            registers, from a key that each run draws once.
         strict: raises if nothing is served, or a module that a rule knows is not; then nothing is replaced.
 
     Returns:
         Handle: ``.report()``, ``.replaced``, ``.kept``, ``.revert()``; as a context manager it reverts on exit.
 
     Raises:
-        TypeError: object holds no module, or verify or strict is no bool.
-        ValueError: families names an unknown family.
+        TypeError: object holds neither module nor scheduler, or verify or strict is no bool.
+        ValueError: families names an unknown family, or noise is neither.
         RuntimeError: strict, with the report.
 
     NaN: a NaN row takes index 0 and a NaN code is never chosen, as in `nearest_code`; stock code may choose NaN codes.
     """
-    return patch_with(RULES, object, families=families, verify=verify, strict=strict)
+    return patch_with(RULES, object, families=families, verify=verify, strict=strict, noise=noise)

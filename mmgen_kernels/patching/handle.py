@@ -8,13 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from mmgen_kernels.checks import check_choice
+from mmgen_kernels.patching import diffusers_schedulers
+from mmgen_kernels.patching.diffusers_schedulers import Step, schedulers_in
 from mmgen_kernels.patching.rule import Forward, Rule
 from mmgen_kernels.patching.verification import differences
+from mmgen_kernels.schedule.schedulers.noise import NOISES
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A module that runs our code now."""
+    """A module or scheduler that runs our code now."""
 
     name: str  # qualified name within the patched object
     kind: str  # its class
@@ -40,6 +44,7 @@ class Handle:
         self.replaced: list[Replaced] = []
         self.kept: list[Kept] = []
         self._patched: list[tuple[str, nn.Module, Forward]] = []
+        self._methods: list[tuple[str, Any, str, Any]] = []  # of schedulers: name, object, method, what is in its place
         self._reverted = False
 
     def __enter__(self) -> Handle:
@@ -63,9 +68,16 @@ class Handle:
             elif found is not None and not isinstance(found, Forward):
                 stuck.append((name, module, forward))
         self._patched = stuck
-        if stuck:
-            told = ", ".join(f"{name} by {vars(module)['forward']!r}" for name, module, _ in stuck)
-            raise RuntimeError(f"cannot revert what was replaced again since: {told}")
+        told = [f"{name} by {vars(module)['forward']!r}" for name, module, _ in stuck]
+        for name, scheduler, method, ours in list(self._methods):
+            if vars(scheduler).get(method) is ours:
+                delattr(scheduler, method)
+            elif method in vars(scheduler):
+                told.append(f"{name}.{method} by {vars(scheduler)[method]!r}")
+                continue
+            self._methods.remove((name, scheduler, method, ours))
+        if told:
+            raise RuntimeError(f"cannot revert what was replaced again since: {', '.join(told)}")
 
     def report(self) -> str:
         """What was replaced by what, what was not and why, and which calls the stock code still serves."""
@@ -79,25 +91,33 @@ class Handle:
         for kind, when in calls:
             lines.append(f"  {kind} falls back to stock when: {'; '.join(when)}")
         if not self.replaced and not self.kept:
-            lines.append("  no module here is known to any rule")
+            lines.append("  no module or scheduler here is known to any rule")
         return "\n".join(lines)
 
     __str__ = report
 
 
 def patch_with(
-    rules: Iterable[Rule], object: Any, *, families: str | Iterable[str] | None, verify: bool, strict: bool
+    rules: Iterable[Rule],
+    object: Any,
+    *,
+    families: str | Iterable[str] | None,
+    verify: bool,
+    strict: bool,
+    noise: str = "torch",
 ) -> Handle:
     """`patch`, with the rules as an argument."""
     rules = list(rules)
-    wanted = _families(families, sorted({rule.family for rule in rules}))
+    check_choice("noise", noise, NOISES)
+    wanted = _families(families, sorted({rule.family for rule in rules} | {"schedule"}))
     for name, flag in (("verify", verify), ("strict", strict)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     rules = [rule for rule in rules if rule.family in wanted]
     modules = list(_modules("", object, set()))
-    if not modules:
-        raise TypeError(f"object must be an nn.Module or hold some, got {type(object).__name__} without any")
+    schedulers = list(schedulers_in(object)) if "schedule" in wanted else []
+    if not modules and not schedulers:
+        raise TypeError(f"object must be an nn.Module or a scheduler, or hold some, got {type(object).__name__} without any")
     handle = Handle()
     below_kept: set[int] = set()
     try:
@@ -110,6 +130,8 @@ def patch_with(
             adopted = _consider(handle, rule, name or type(module).__name__, module, verify)
             if rule.encloses and not adopted:
                 below_kept |= {id(child) for child in module.modules()}
+        for name, scheduler in schedulers:
+            _consider_scheduler(handle, name, scheduler, verify, noise)
         if strict:
             _demand(handle)
     except BaseException:
@@ -140,6 +162,20 @@ def _consider(handle: Handle, rule: Rule, name: str, module: nn.Module, verify: 
     handle._patched.append((name, module, forward))
     handle.replaced.append(Replaced(name, kind, rule.by, rule.falls_back_when, verify))
     return True
+
+
+def _consider_scheduler(handle: Handle, name: str, scheduler: Any, verify: bool, noise: str) -> None:
+    kind = type(scheduler).__name__
+    if isinstance(vars(scheduler).get("step"), Step):
+        handle.kept.append(Kept(name, kind, ("already patched, and left as it is",), already_patched=True))
+        return
+    if reasons := diffusers_schedulers.reasons_against(scheduler, verify):
+        handle.kept.append(Kept(name, kind, tuple(reasons)))
+        return
+    for method, ours in diffusers_schedulers.replacements(scheduler, noise).items():
+        setattr(scheduler, method, ours)
+        handle._methods.append((name, scheduler, method, ours))
+    handle.replaced.append(Replaced(name, kind, diffusers_schedulers.BY, diffusers_schedulers.FALLS_BACK_WHEN, verify))
 
 
 def _demand(handle: Handle) -> None:

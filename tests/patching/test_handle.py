@@ -127,10 +127,10 @@ def test_what_may_be_patched():
 
 def test_bad_input():
     for object in (3, None, [], "text", {"a": 1}):
-        with pytest.raises(TypeError, match=f"object must be an nn.Module or hold some, got {type(object).__name__}"):
+        with pytest.raises(TypeError, match=f"or a scheduler, or hold some, got {type(object).__name__}"):
             mk.patch(object)
     for families in ("attention", ("vq", "attention")):
-        with pytest.raises(ValueError, match="families must be among blocks, modulation, vq, got 'attention'"):
+        with pytest.raises(ValueError, match="families must be among blocks, modulation, schedule, vq, got 'attention'"):
             mk.patch(make(), families=families)
     for name in ("verify", "strict"):
         with pytest.raises(TypeError, match=f"{name} must be a bool, got int"):
@@ -140,7 +140,7 @@ def test_bad_input():
 def test_families():
     assert mk.patch(make(), families="vq").replaced and mk.patch(make(), families=["vq"]).replaced
     handle = mk.patch(make(), families=[])
-    assert not handle.replaced and "no module here is known" in handle.report()
+    assert not handle.replaced and "no module or scheduler here is known" in handle.report()
     assert {rule.family for rule in RULES} == {"blocks", "modulation", "vq"}
 
 

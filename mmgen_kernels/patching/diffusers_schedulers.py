@@ -1,0 +1,204 @@
+"""diffusers' schedulers: the user's own instance steps in one pass. Class, config and saving stay what they are.
+
+On the instance, `step` and the methods that noise data are replaced; timesteps, levels, step index and history stay in the
+attributes where diffusers keeps them, so that stock code serves any single call, and the next one is ours again.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmgen_kernels.patching.rule import descends_from
+from mmgen_kernels.schedule.planner import DEFAULTS
+from mmgen_kernels.schedule.schedulers import noising
+from mmgen_kernels.schedule.schedulers.base import split_return_dict
+from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned
+from mmgen_kernels.schedule.schedulers.steps import STEPS
+
+BY = "mk.scheduler_step"
+FALLS_BACK_WHEN = ("a step has no row in the plan: an option it does not know, broadcast shapes, history from elsewhere",)
+ALPHAS = {"add_noise": noising.by_alphas, "get_velocity": noising.velocity}
+NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "DDPMScheduler": ALPHAS,
+    "DDIMScheduler": ALPHAS,
+    "LCMScheduler": ALPHAS,
+    "EulerDiscreteScheduler": {"add_noise": noising.by_sigma, "get_velocity": noising.velocity},
+    "EulerAncestralDiscreteScheduler": {"add_noise": noising.by_sigma},
+    "DPMSolverMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
+    "UniPCMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
+    "FlowMatchEulerDiscreteScheduler": {},  # scale_noise has its arguments in another order
+}
+STEPS_OF_VERIFICATION = 5
+TOLERANCE = 1e-4  # of the largest value: fp32, coefficients in fp32 there and in fp64 here, over that many steps
+
+_verified: set[str] = set()  # configs
+
+
+class Method:
+    """What is put on an instance in place of a method of its class."""
+
+    name: str
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self.scheduler), self.name)(self.scheduler, *args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        """Pipelines ask `inspect.signature(scheduler.step)` what they may pass."""
+        return getattr(type(self.scheduler), self.name).__get__(self.scheduler)
+
+
+class Step(Method):
+    name = "step"
+
+    def __init__(self, scheduler: Any, class_name: str, noise: str):
+        super().__init__(scheduler)
+        self.class_name, self.stepper = class_name, Stepper(class_name, noise)
+        self.calls = self.fused = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        function, fields = STEPS[self.class_name]
+        self.calls += 1
+        ours, named, as_dict = split_return_dict(function)(args, dict(kwargs))
+        try:
+            results = function(self.stepper, self.scheduler, *ours, **named)
+        except Unplanned:
+            return self.stock(*args, **kwargs)
+        self.fused += 1
+        if not as_dict:
+            return results
+        return self.output(**dict(zip(fields, results, strict=True)))
+
+    @property
+    def output(self) -> Callable[..., Any]:
+        """diffusers' own class of what a step returns."""
+        module = sys.modules[type_of(self.scheduler, self.class_name).__module__]
+        return getattr(module, self.class_name.removesuffix("Scheduler") + "SchedulerOutput", None) or module.SchedulerOutput
+
+
+class Noising(Method):
+    def __init__(self, scheduler: Any, name: str, function: Callable[..., Tensor]):
+        super().__init__(scheduler)
+        self.name, self.function = name, function
+
+    def __call__(self, original_samples: Any, noise: Any, timesteps: Any) -> Any:
+        tensors = (original_samples, noise, timesteps)
+        whole = all(isinstance(t, Tensor) for t in tensors)
+        if not whole or noise.shape != original_samples.shape or timesteps.dim() != 1 or noise.device != original_samples.device:
+            return self.stock(*tensors)
+        return self.function(self.scheduler, *tensors)
+
+
+def class_of(object: Any) -> str | None:
+    """The class of diffusers whose step we have, by name; None if the object is no such scheduler."""
+    return next((name for name in DEFAULTS if type_of(object, name) is not None), None)
+
+
+def type_of(object: Any, name: str) -> Any:
+    return None if isinstance(object, nn.Module) else descends_from(object, "diffusers", name)
+
+
+def schedulers_in(object: Any) -> Iterator[tuple[str, Any]]:
+    """The object itself, an item of a container, or an attribute such as a pipeline's."""
+    if class_of(object) is not None:
+        yield type(object).__name__, object
+    elif not isinstance(object, nn.Module):
+        items = object.items() if isinstance(object, Mapping) else enumerate(object) if isinstance(object, (list, tuple)) else None
+        for name, value in list(vars(object).items() if items is None and hasattr(object, "__dict__") else items or ()):
+            if class_of(value) is not None:
+                yield str(name), value
+
+
+def reasons_against(scheduler: Any, verify: bool) -> list[str]:
+    name = class_of(scheduler)
+    assert name is not None
+    stock = type_of(scheduler, name)
+    changed = [
+        m
+        for m in ("step", "set_timesteps", "convert_model_output")
+        if getattr(type(scheduler), m, None) is not getattr(stock, m, None)
+    ]
+    reasons = [f"{type(scheduler).__name__} overrides {name}.{method}" for method in changed]
+    if list(inspect.signature(stock.step).parameters)[1:] != [
+        *list(inspect.signature(STEPS[name][0]).parameters)[2:],
+        "return_dict",
+    ]:
+        reasons.append(f"{name}.step takes other arguments than that of the diffusers we know")
+    if "step" in vars(scheduler):
+        reasons.append("its step was already replaced on the instance")
+    if not reasons and verify:
+        reasons = differences(scheduler, name)
+    return reasons
+
+
+def replacements(scheduler: Any, noise: str) -> dict[str, Method]:
+    name = class_of(scheduler)
+    assert name is not None
+    found: dict[str, Method] = {"step": Step(scheduler, name, noise)}
+    for method, function in NOISING[name].items():
+        if hasattr(type(scheduler), method):
+            found[method] = Noising(scheduler, method, function)
+    return found
+
+
+# -- verification -----------------------------------------------------------------------------------------------------
+
+
+def differences(scheduler: Any, name: str) -> list[str]:
+    """A short run by stock code and by ours, on copies: what they do otherwise; empty if nothing."""
+    key = f"{type(scheduler)} {sorted(dict(scheduler.config).items(), key=lambda item: item[0])}"
+    if key in _verified:
+        return []
+    try:
+        expected = run_of(copy.deepcopy(scheduler))
+    except Exception as error:
+        return [f"stock code fails in verification: {type(error).__name__}: {error}"]
+    twin = copy.deepcopy(scheduler)
+    step = Step(twin, name, "torch")
+    twin.step = step
+    try:
+        found = run_of(twin)
+    except Exception as error:
+        return [f"our step fails in verification: {type(error).__name__}: {error}"]
+    if step.fused < step.calls:
+        try:
+            step.stepper.table(twin)
+        except Unplanned as error:
+            return [str(error)]
+        return ["no plan serves its steps"]
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return [f"step {k} gives {a.dtype} {tuple(a.shape)}, stock {b.dtype} {tuple(b.shape)}"]
+        off = (a - b).abs().max() / b.abs().max().clamp(min=1e-6)
+        if bool(b.isfinite().all()) and not bool(off <= TOLERANCE):
+            return [f"step {k} differs from stock by {float(off):.1e} of the largest value"]
+    _verified.add(key)
+    return []
+
+
+def run_of(scheduler: Any) -> list[Tensor]:
+    """Five steps of a model that is a bounded function of the sample."""
+    takes = inspect.signature(scheduler.set_timesteps).parameters
+    mu = {"mu": 0.5} if "mu" in takes and scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(STEPS_OF_VERIFICATION, **mu)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    x = torch.randn(2, 3, 4, 4, generator=generator) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    results = []
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        output = torch.tanh(torch.cat((seen, -seen), 1) if learned else seen)
+        x, *others = scheduler.step(output, t, x, **drawn, return_dict=False)
+        results += [x, *others]
+    return results

@@ -1,0 +1,1 @@
+"""diffusers' schedulers by name and signature, whose steps are one pass: `mk.schedulers`."""

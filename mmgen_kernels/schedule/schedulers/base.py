@@ -1,0 +1,220 @@
+"""What the scheduler classes share: configuration, timesteps, counting of steps, noising, and the fused `step`."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmgen_kernels.checks import check_choice
+from mmgen_kernels.schedule import planner
+from mmgen_kernels.schedule.planner import DEFAULTS, Run, betas
+from mmgen_kernels.schedule.schedulers import noising
+from mmgen_kernels.schedule.schedulers.configuration import Config, Configured
+from mmgen_kernels.schedule.schedulers.noise import NOISES
+from mmgen_kernels.schedule.schedulers.stepper import Stepper
+from mmgen_kernels.schedule.schedulers.steps import STEPS
+
+
+class StepOutput(OrderedDict):
+    """What a step returns: by name, as attribute or by number."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.to_tuple()[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+
+def signature_of_step(function: Callable) -> inspect.Signature:
+    """diffusers': that of the function in steps.py with `return_dict` at its end."""
+    own = inspect.signature(function).parameters
+    names = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *list(own.values())[2:]]
+    last = inspect.Parameter("return_dict", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=True, annotation=bool)
+    return inspect.Signature([*names, last])
+
+
+def split_return_dict(function: Callable) -> Callable[[tuple, dict], tuple[tuple, dict, bool]]:
+    """Takes `return_dict` out of a call's arguments, wherever it stands."""
+    count = len(inspect.signature(function).parameters) - 2
+
+    def split(args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
+        if len(args) > count:
+            return args[:count], kwargs, bool(args[count])
+        return args, kwargs, bool(kwargs.pop("return_dict", True))
+
+    return split
+
+
+class Scheduler(Configured):
+    """A scheduler of diffusers by its name: the same config, `set_timesteps`, `step` and noise, and a step is one operator.
+
+    The constructor takes diffusers' arguments with diffusers' defaults. Timesteps, levels and coefficients are made by
+    `mmgen_kernels.schedule.planner`, the levels being the very numbers that diffusers has; `step` computes in fp32 at least and
+    rounds once. Differences to diffusers: that rounding; a timestep that is a tensor of another device and no view of `timesteps`
+    costs a wait for that device; options that the planner refuses raise ValueError.
+
+    Source: the papers named in mmgen_kernels/schedule/planner.
+    """
+
+    class_name: str  # diffusers'
+    order = 1
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        bound = self.__signature_of_init__().bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.config = Config(bound.arguments)
+        self.use_noise("torch")
+        self.num_inference_steps: int | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self.sigmas: Tensor | None = None
+        self.alphas_cumprod: Tensor | None = None
+        self.set_training_levels()
+        self.forget()
+
+    def __init_subclass__(cls) -> None:
+        if cls.__name__ not in STEPS:  # what several share, and subclasses of users
+            return
+        cls.class_name = cls.__name__
+        function, fields = STEPS[cls.class_name]
+        split = split_return_dict(function)
+
+        def step(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs, as_dict = split(args, kwargs)
+            results = function(self.stepper, self, *args, **kwargs)
+            return StepOutput(zip(fields, results, strict=True)) if as_dict else results
+
+        step.__signature__ = signature_of_step(function)  # type: ignore[attr-defined]
+        step.__doc__ = f"One step, in one pass: {', '.join(fields)}, in a StepOutput, or as a tuple where return_dict is False."
+        cls.step = step  # type: ignore[attr-defined]
+        cls.__signature__ = cls.__signature_of_init__()  # type: ignore[attr-defined]
+
+    @classmethod
+    def __signature_of_init__(cls) -> inspect.Signature:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature([inspect.Parameter(n, kind, default=v) for n, v in DEFAULTS[cls.class_name].items()])
+
+    def use_noise(self, noise: str) -> None:
+        """ "torch": the noise that diffusers would draw. "philox": normals in registers, from a key that a run draws once."""
+        check_choice("noise", noise, NOISES)
+        self.stepper = Stepper(self.class_name, noise)
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+    # -- timesteps ----------------------------------------------------------------------------------------------------
+
+    def set_training_levels(self) -> None:
+        """`timesteps` and levels before set_timesteps: those of training."""
+        raise NotImplementedError
+
+    def set_run(self, device: torch.device | str | None, **run: Any) -> None:
+        planned = planner.schedule(self.class_name, dict(self.config), Run(**{n: v for n, v in run.items() if v is not None}))
+        dtype = torch.int64 if planned.timestep_dtype == "int64" else torch.float32
+        self.timesteps = torch.tensor(planned.timesteps, dtype=dtype, device=device)
+        self.sigmas = None if planned.sigmas is None else torch.tensor(planned.sigmas, dtype=torch.float32)
+        self.set_initial_noise(planned.init_noise_sigma)
+        lists = (run.get("timesteps"), run.get("sigmas"))
+        self.num_inference_steps = run.get("num_inference_steps") or next(len(v) for v in lists if v is not None)
+        self._step_index = self._begin_index = None
+        self.forget()
+
+    def forget(self) -> None:
+        """What a solver keeps of former steps."""
+
+    @property
+    def step_index(self) -> int | None:
+        """The next step's number, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """The first step that runs, as image to image has it; then no timestep is looked up."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Where the timestep stands; of two equal ones the second, so that a run entered there skips no level."""
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        value = timestep.to(schedule.device) if isinstance(timestep, Tensor) else timestep
+        found = (schedule == value).nonzero().flatten().tolist()
+        if not found:
+            raise ValueError(f"timestep must be one of scheduler.timesteps, got {timestep}")
+        return found[1 if len(found) > 1 else 0]
+
+    def _init_step_index(self, timestep: float | Tensor) -> None:
+        self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+
+    def set_initial_noise(self, sigma: float) -> None:
+        """Flows have none to set: a pipeline that asks for `init_noise_sigma` finds that there is no such attribute."""
+
+
+class Diffusion(Scheduler):
+    """Of classes whose runs begin with noise of some deviation, and whose models may want the sample scaled."""
+
+    init_noise_sigma: float = 1.0
+
+    def set_initial_noise(self, sigma: float) -> None:
+        self.init_noise_sigma = sigma
+
+    def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The sample as the model wants it: as it is, but for Euler's."""
+        return sample
+
+
+class VariancePreserving(Diffusion):
+    """Of classes that go by alphas_cumprod and whole timesteps."""
+
+    schedules: Sequence[str] = betas.SCHEDULES
+
+    def scale_model_input(self, sample: Tensor, timestep: int | None = None) -> Tensor:  # type: ignore[override]
+        """The sample as it is."""
+        return sample
+
+    def set_training_levels(self) -> None:
+        self.alphas_cumprod = betas.alphas_cumprod(self.config, tuple(self.schedules))
+        self.timesteps = torch.arange(len(self) - 1, -1, -1)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(a) original_samples + sqrt(1 - a) noise with a = alphas_cumprod[timesteps], (B,)."""
+        return noising.by_alphas(self, original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(a) noise - sqrt(1 - a) sample."""
+        return noising.velocity(self, sample, noise, timesteps)
+
+
+class SigmaSpace(Diffusion):
+    """Of classes that go by levels sigma, and by a number of the step."""
+
+    def set_training_levels(self) -> None:
+        terminal = betas.LEAST_ALPHA
+        self.alphas_cumprod = betas.alphas_cumprod(self.config, terminal=terminal)
+        self.timesteps = torch.linspace(0, len(self) - 1, len(self), dtype=torch.float32).flip(0)
+        levels = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        self.sigmas = torch.cat((levels.flip(0), torch.zeros(1)))
+
+
+class Multistep(SigmaSpace):
+    """Of solvers with history, whose samples are alpha x0 + sigma noise."""
+
+    def forget(self) -> None:
+        self.model_outputs: list[Tensor | None] = [None] * self.config["solver_order"]
+        self.lower_order_nums = 0
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha original_samples + sigma noise at the levels of `timesteps`, (B,)."""
+        return noising.by_alpha_and_sigma(self, original_samples, noise, timesteps)

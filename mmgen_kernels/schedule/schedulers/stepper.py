@@ -1,0 +1,192 @@
+"""A scheduler's steps by their plan: what `mk.schedulers` and `mk.patch` share.
+
+A `Stepper` belongs to one scheduler, ours or diffusers', and keeps no state of the run but its plans: step index and history stay
+in the attributes where diffusers has them, so that its own methods find them and may take over at any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmgen_kernels.checks import DTYPES
+from mmgen_kernels.philox.ops import fold_in
+from mmgen_kernels.schedule import planner
+from mmgen_kernels.schedule.ops import scheduler_step
+from mmgen_kernels.schedule.planner import Plan, Run, Schedule
+from mmgen_kernels.schedule.reference import INPUTS
+from mmgen_kernels.schedule.schedulers.noise import Generators, key_from, randn
+
+
+class Unplanned(ValueError):
+    """A call that no plan serves; the message names what it was."""
+
+
+class Table:
+    """A plan as the operator takes it."""
+
+    def __init__(self, plan: Plan, alone: int | None = None):
+        self.plan, self.alone = plan, alone  # alone: the one timestep that it is of
+        rows = torch.tensor(plan.rows, dtype=torch.float64)
+        if plan.log_variance is not None:
+            limits = torch.zeros(len(rows), 1, rows.shape[2], dtype=torch.float64)
+            limits[:, 0, :2] = torch.tensor(plan.log_variance, dtype=torch.float64)
+            rows = torch.cat((rows, limits), 1)
+        self.rows = rows
+        self.used = [  # of each row, the inputs that it looks at; the sample gives the outputs their shape
+            [name for j, name in enumerate(plan.inputs) if name == "sample" or any(line[j] != 0 for line in row)]
+            for row in plan.rows
+        ]
+        self.parts: dict[tuple[int, ...], Tensor] = {}
+        self.place = {int(t): k for k, t in reversed(list(enumerate(plan.timesteps)))}
+
+    def require(self, k: int, named: Mapping[str, Tensor | None]) -> None:
+        if missing := [name for name in self.used[k] if named.get(name) is None]:
+            raise Unplanned(f"history must hold {', '.join(missing)}: the run was entered in its middle")
+
+    def of_inputs(self, columns: tuple[int, ...]) -> Tensor:
+        """The table with these inputs alone."""
+        if columns not in self.parts:
+            n = len(self.plan.inputs)
+            self.parts[columns] = self.rows[..., [*columns, n, n + 1]].contiguous()
+        return self.parts[columns]
+
+
+class Stepper:
+    """
+    Args:
+        class_name: whose steps these are, a key of `planner.DEFAULTS`.
+        noise: "torch" draws what diffusers draws; "philox" draws a key at the first step of a run, and its normals in registers.
+    """
+
+    def __init__(self, class_name: str, noise: str = "torch"):
+        self.class_name, self.noise = class_name, noise
+        self.tables: dict[Any, Table] = {}
+        self.seen: tuple[Any, ...] = ()
+        self.key: Tensor | None = None
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def table(self, scheduler: Any, begin: int = 0, alone: int | None = None, **run: Any) -> Table:
+        """The plan of the run that the scheduler is set to; `alone`: of a single timestep that is not in it."""
+        levels = tuple(getattr(scheduler, name, None) for name in ("timesteps", "sigmas", "alphas_cumprod"))
+        seen = (*map(id, levels), *(v._version for v in levels if isinstance(v, Tensor)), id(scheduler.config))
+        if seen != self.seen:  # set_timesteps, or somebody who changed its result
+            self.tables.clear()
+            self.seen, self.levels, self.key = seen, levels, None  # the tensors are kept: an id may be used again
+        asked = (begin, alone, scheduler.num_inference_steps, *run.items())
+        if asked not in self.tables:
+            try:
+                of_run = Run(begin=begin, **self.length(scheduler, alone), **run)
+                plan = planner.plan(self.class_name, dict(scheduler.config), of_run, levels=self.schedule(levels, alone))
+            except (ValueError, ArithmeticError, NotImplementedError) as error:
+                raise Unplanned(str(error)) from error
+            self.tables[asked] = Table(plan, alone)
+        return self.tables[asked]
+
+    def length(self, scheduler: Any, alone: int | None) -> dict[str, Any]:
+        if self.class_name == "DDIMScheduler" or alone is None:
+            return {"num_inference_steps": scheduler.num_inference_steps or len(scheduler.timesteps)}
+        return {"num_inference_steps": 1}
+
+    @staticmethod
+    def schedule(levels: tuple[Any, ...], alone: int | None) -> Schedule:
+        timesteps, sigmas, alphas = (None if v is None else tuple(torch.as_tensor(v).tolist()) for v in levels)
+        assert timesteps is not None
+        dtype = "float32" if levels[0].is_floating_point() else "int64"
+        return Schedule(timesteps if alone is None else (float(alone),), dtype, sigmas, alphas)
+
+    def place(self, scheduler: Any, timestep: Any) -> int:
+        """Where in `timesteps` the argument of `step` stands. A view of them tells it without waiting for a device."""
+        timesteps = scheduler.timesteps
+        if isinstance(timestep, Tensor):
+            if timestep.numel() != 1:
+                raise Unplanned(f"timestep must be one, got shape {tuple(timestep.shape)}")
+            if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr() and timesteps.dim() == 1:
+                return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+        found = self.table(scheduler).place.get(int(timestep))
+        return -1 if found is None else found
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        table: Table,
+        k: int,
+        named: Mapping[str, Tensor | None],
+        dtypes: dict[str, torch.dtype],
+        noise: Tensor | None = None,
+        variance: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Row k of the table on tensors by name: the outputs by name."""
+        plan, names = table.plan, table.used[k]
+        if len(names) > INPUTS:
+            return self.in_two(table, k, named, dtypes)
+        coefficients = table.of_inputs(tuple(plan.inputs.index(name) for name in names))
+        outputs = scheduler_step(
+            [named[name] for name in names],  # type: ignore[misc]
+            coefficients,
+            k,
+            noise=noise,
+            clamp=None if plan.clamp is None else plan.clamp[1],
+            threshold=plan.threshold,
+            variance=variance,
+            dtypes=[dtypes[name] for name in plan.outputs],
+        )
+        return dict(zip(plan.outputs, outputs, strict=True))
+
+    def in_two(self, table: Table, k: int, named: Mapping[str, Tensor | None], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+        """More inputs than the operator takes: first the derived value, of sample and model output, then all that comes of it."""
+        plan, row = table.plan, table.rows[k]
+        first, rest = (0, 1), tuple(range(2, len(plan.inputs)))
+        if bool((row[1:, list(first)] != 0).any()) or bool((row[0, list(rest)] != 0).any()):
+            raise Unplanned(f"a step must have at most {INPUTS} inputs, got {len(plan.inputs)}")
+        n = len(plan.inputs)
+        derive = torch.zeros(1, 2, 4, dtype=torch.float64)
+        derive[0, 0, :2], derive[0, 1, 2] = row[0, :2], 1
+        clamp = None if plan.clamp is None else plan.clamp[1]
+        pair = [named[plan.inputs[j]] for j in first]
+        (m0,) = scheduler_step(pair, derive, 0, clamp=clamp, threshold=plan.threshold, dtypes=[dtypes["m0"]])  # type: ignore[arg-type]
+        left = [i for i, name in enumerate(plan.outputs) if name != "m0"]
+        then = torch.zeros(1, 1 + len(left), len(rest) + 3, dtype=torch.float64)
+        then[0, 1:, :-2] = row[[1 + i for i in left]][:, [*rest, n]]
+        inputs = [*(named[plan.inputs[j]] for j in rest), m0]
+        outputs = scheduler_step(inputs, then, 0, dtypes=[dtypes[plan.outputs[i]] for i in left])  # type: ignore[arg-type]
+        return {"m0": m0, **{plan.outputs[i]: o for i, o in zip(left, outputs, strict=True)}}
+
+    def draw(self, table: Table, like: Tensor, generator: Generators, dtype: torch.dtype) -> Tensor:
+        """Noise of a step, or the key of the run, into which the operator folds the number of the row."""
+        if self.noise == "torch":
+            return randn(like.shape, generator, like.device, dtype)
+        if self.key is None or self.key.device != like.device:
+            self.key = key_from(generator, like.device)
+        return self.key if table.alone is None else fold_in(self.key, table.alone)
+
+
+def check_tensors(model_output: Any, sample: Any) -> None:
+    for name, tensor in (("model_output", model_output), ("sample", sample)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise Unplanned(f"{name} must be a float64, float32, bfloat16 or float16 tensor, got {got}")
+    if model_output.device != sample.device:
+        raise Unplanned(f"model_output must be on sample's device {sample.device}, got {model_output.device}")
+
+
+def of_channels(plan: Plan, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction, and what the model says of the variance."""
+    variance = None
+    channels = plan.channels
+    if plan.log_variance is not None:
+        if model_output.shape[1] != 2 * sample.shape[1]:
+            raise Unplanned(
+                f"model_output must have {2 * sample.shape[1]} channels for a learned variance, got {model_output.shape[1]}"
+            )
+        model_output, variance = model_output.split(sample.shape[1], dim=1)
+    elif channels is not None:
+        model_output = model_output[:, :channels]
+    if model_output.shape != sample.shape:
+        raise Unplanned(f"model_output must have sample's shape {tuple(sample.shape)}, got {tuple(model_output.shape)}")
+    return model_output, variance
