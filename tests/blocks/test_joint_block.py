@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import mmgen_kernels as mk
 
 B, S, T, D, H = 3, 7, 10, 32, 2
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # products in another order; outputs are up to 20
+ROUNDING = 2e-5  # of a tensor's largest value, or of 1: products in another order; 60 seeds stay below 9e-6
 OPTIONS = (
     {},
     {"qk_norm": "rms"},
@@ -17,6 +17,11 @@ OPTIONS = (
     {"qk_norm": "rms", "dual_attention": True},
     {"cond_dim": 20, "mlp_ratio": 2},
 )
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
 
 
 def drawn(block):
@@ -78,8 +83,11 @@ def assert_close(got, expected, **law):
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **(law or CLOSE))
+        if a is None:
+            continue
+        if not law:
+            law = {"rtol": 0, "atol": ROUNDING}
+        torch.testing.assert_close(a, b, rtol=law["rtol"], atol=law["atol"] * max(1, float(b.detach().abs().max())))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
