@@ -1,0 +1,84 @@
+"""What a diffusion model is trained to predict, of which noise: the objectives of DDPM and of rectified flow.
+
+    flow                  x_t = (1 - t) x0 + t z, target z - x0                        Liu et al. 2022, Lipman et al. 2022
+    epsilon, v, sample    x_t = sqrt(a) x0 + sqrt(1 - a) z, a = alphas_cumprod[t]      Ho et al. 2020, Salimans and Ho 2022
+
+Models are told times as 0 ... num_train_timesteps from data to noise, so that diffusers' schedulers serve them as they are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmgen_kernels as mk
+from mmgen_kernels.schedule import planner
+
+TARGETS = {"flow": None, "epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}  # and diffusers' prediction_type
+TIMES = ("uniform", "logit_normal")
+NOISE, TIME = 0, 1  # streams of a step's key
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    target: str = "flow"
+    times: str = "logit_normal"  # more of the middle, where a flow is hardest (Esser et al. 2024); uniform: each as often
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"  # and below: of DDPM's objectives
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self):
+        for name, known in (("target", TARGETS), ("times", TIMES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {self.num_train_timesteps}")
+        if self.target != "flow" and self.times != "uniform":
+            raise ValueError(f"times must be 'uniform' with target {self.target!r}, got {self.times!r}")
+
+    @property
+    def scheduler(self) -> tuple[str, dict[str, Any]]:
+        """Class and config of the diffusers scheduler that samples by Euler's method or DDIM what was trained so."""
+        if self.target == "flow":
+            return "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": self.num_train_timesteps}
+        return "DDIMScheduler", self.betas | {"prediction_type": TARGETS[self.target], "clip_sample": False}
+
+    @property
+    def betas(self) -> dict[str, Any]:
+        names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+        return {name: getattr(self, name) for name in names}
+
+
+class Objective:
+    """The loss of a batch as a function of its key: the same key gives the same times and the same noise."""
+
+    def __init__(self, config: ObjectiveConfig, device: torch.device):
+        self.config = config
+        self.table: Tensor | None = None  # alphas_cumprod, (S,)
+        if config.target != "flow":
+            levels = planner.schedule("DDPMScheduler", config.betas, planner.Run(num_inference_steps=1))
+            self.table = torch.tensor(levels.alphas_cumprod, dtype=torch.float64, device=device)
+
+    def times(self, batch_size: int, key: Tensor) -> Tensor:
+        """(B,): numbers between 0 and 1 of a flow, else indices into the table."""
+        if self.config.times == "logit_normal":
+            return mk.philox_normal((batch_size,), key).sigmoid()
+        uniform = mk.philox_uniform((batch_size,), key)
+        return uniform if self.table is None else (uniform * len(self.table)).long()
+
+    def noised(self, x0: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t and the target, of x0's shape, and the timesteps (B,) that the model is told."""
+        t, noise = self.times(len(x0), mk.fold_in(key, TIME)), mk.fold_in(key, NOISE)
+        path = "linear" if self.table is None else "vp"
+        x_t, target = mk.add_noise(x0, noise, t, path=path, target=self.config.target, table=self.table)
+        return x_t, target, t * self.config.num_train_timesteps if self.table is None else t
+
+    def loss(self, model: Model, x0: Tensor, labels: Tensor, key: Tensor) -> Tensor:
+        """Mean square of ``model(x_t, t, labels) - target``, (); of the mean where it learns its variance too."""
+        x_t, target, timesteps = self.noised(x0, key)
+        return F.mse_loss(model(x_t, timesteps, labels)[:, : x0.shape[1]], target)
