@@ -10,8 +10,8 @@ POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf
             torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
 
 
-def integer(value):
-    return "i32" if abs(value) < 2**31 else "i64"
+def number(value):
+    return "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
 
 
 class Recorder:
@@ -41,15 +41,13 @@ class Recorder:
                 signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, tuple) and not parameter.is_constexpr:
                 pointers = [isinstance(v, torch.Tensor) for v in value]
-                signature[name] = tuple(POINTERS[v.dtype] if p else integer(v) for v, p in zip(value, pointers, strict=True))
+                signature[name] = tuple(POINTERS[v.dtype] if p else number(v) for v, p in zip(value, pointers, strict=True))
                 attributes |= {(i, j): [["tt.divisibility", 16]] for j, p in enumerate(pointers) if p}
             elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
                 signature[name], constants[(i,)] = "constexpr", value
-            elif isinstance(value, float):
-                signature[name] = "fp32"
             else:
-                signature[name] = integer(value)
-                if value % 16 == 0 and not parameter.do_not_specialize:
+                signature[name] = number(value)
+                if not isinstance(value, float) and value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=kwargs)

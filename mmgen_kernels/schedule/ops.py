@@ -217,6 +217,11 @@ def add_noise_backward_fake(grad_x_t, grad_target, x0_shape, t, table, path, tar
     return tuple(like.new_empty(x0_shape if need else 0) for need in (need_grad_x0, need_grad_noise))
 
 
+def launchers(name: str) -> dict[str, tuple[str, str] | str]:
+    module = "mmgen_kernels.schedule.triton_kernels"
+    return {"triton": (f"{module}:{name}", f"{module}:{name}_backward")}
+
+
 SCHEDULER_STEP = library.define(
     f"scheduler_step({ARGUMENTS}, float? threshold, float threshold_max, ScalarType dtype_0, ScalarType? dtype_1,"
     " ScalarType? dtype_2) -> (Tensor output_0, Tensor output_1, Tensor output_2)",
@@ -226,6 +231,7 @@ SCHEDULER_STEP = library.define(
     f" bool[] needs) -> ({', '.join(f'Tensor grad_{name}' for name in TENSORS)})",
     backward_reference=reference.scheduler_step_backward,
     backward_fake=scheduler_step_backward_fake,
+    launchers=launchers("scheduler_step"),
 )
 
 GUIDANCE = library.define(
@@ -238,6 +244,7 @@ GUIDANCE = library.define(
     backward_fake=lambda grad, cond, uncond, scale, rescale, *needs: tuple(
         t.new_empty(t.shape if need else 0) for t, need in zip((cond, uncond), needs, strict=True)
     ),
+    launchers=launchers("guidance"),
 )
 
 ADD_NOISE = library.define(
@@ -249,4 +256,5 @@ ADD_NOISE = library.define(
     " str? target, bool need_grad_x0, bool need_grad_noise) -> (Tensor grad_x0, Tensor grad_noise)",
     backward_reference=reference.add_noise_backward,
     backward_fake=add_noise_backward_fake,
+    launchers=launchers("add_noise"),
 )

@@ -134,20 +134,20 @@ def row_of(coefficients: Tensor, index: Tensor | None, step: int, like: Tensor) 
     """The numbers of the step, or each sample's."""
     if index is None and coefficients.device.type == "cpu":
         return coefficients[min(max(step, 0), len(coefficients) - 1)].tolist()
-    at = step_of(index, step, coefficients)
+    at = step_of(index, step, coefficients, coefficients.device)
     row = coefficients[at]  # (R, C) or (B, R, C)
     shape = [-1] + [1] * (like.dim() - 1) if row.dim() == 3 else []
     return [[row[..., k, j].reshape(shape) for j in range(row.shape[-1])] for k in range(row.shape[-2])]
 
 
-def step_of(index: Tensor | None, step: int, coefficients: Tensor) -> Tensor:
-    at = torch.full((), step, device=coefficients.device) if index is None else index
+def step_of(index: Tensor | None, step: int, coefficients: Tensor, device: torch.device) -> Tensor:
+    at = torch.full((), step, device=device) if index is None else index
     return at.clamp(0, len(coefficients) - 1)
 
 
 def drawn(key: Tensor, coefficients: Tensor, index: Tensor | None, step: int, like: Tensor) -> Tensor:
     """The noise of a step: of the key into which its number is folded."""
-    at = step_of(index, step, coefficients).to(key.device).expand(key.shape[:-1])
+    at = step_of(index, step, coefficients, key.device).expand(key.shape[:-1])
     return philox.philox_normal(philox.fold_in(key, at), list(like.shape), like.dtype)
 
 

@@ -1,0 +1,14 @@
+"""Triton kernels of the family and their launchers, imported at the first call. The derivatives are the reference's."""
+
+from mmgen_kernels.schedule.reference import add_noise_backward, guidance_backward, scheduler_step_backward
+from mmgen_kernels.schedule.triton_kernels.add_noise import add_noise
+from mmgen_kernels.schedule.triton_kernels.scheduler_step import guidance, scheduler_step
+
+__all__ = [
+    "add_noise",
+    "add_noise_backward",
+    "guidance",
+    "guidance_backward",
+    "scheduler_step",
+    "scheduler_step_backward",
+]

@@ -1,0 +1,108 @@
+"""Compiles the family's kernels for chips that are not there, and prints what the machine code holds, a line of JSON each.
+
+A script of its own, as a process in which TRITON_INTERPRET is set cannot compile. Arguments: [[configuration, capability], ...] as
+JSON.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "vq"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from triton_compile import machine_code
+from triton_launches import Recorder
+
+from mmgen_kernels.schedule.triton_kernels import add_noise, guidance, scheduler_step
+from mmgen_kernels.schedule.triton_kernels import pieces as pieces_of_samples
+
+add_noise_module = sys.modules["mmgen_kernels.schedule.triton_kernels.add_noise"]
+step_module = sys.modules["mmgen_kernels.schedule.triton_kernels.scheduler_step"]
+KERNELS = {"take_step": step_module, "add_up": step_module, "noise_samples": add_noise_module}
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DDIM = torch.tensor([[1.4, -0.9, 0, 0], [0.35, 0.2, 0.6, 0], [0, 0, 1, 0]], dtype=FP64)
+ANCESTRAL = torch.tensor([[1, -2.0, 0, 0], [1, -0.5, 0, 0.7], [0, 0, 1, 0]], dtype=FP64)
+FULL = torch.arange(1, 29, dtype=FP64).view(4, 7)
+LEARNED = torch.cat((ANCESTRAL, torch.tensor([[-6.0, -0.5, 0, 0]], dtype=FP64)))
+
+
+def step(rows, dtype=BF16, shape=(2, 16, 64), mixed=None, **options):
+    """A call of scheduler_step on tensors whose values nobody looks at; `mixed`: the dtype of all but the first."""
+    n, outputs = rows.shape[-1] - 2, len(rows) - 1 - ("variance" in options)
+    tensor = torch.empty(shape, dtype=dtype)
+    other = torch.empty(shape, dtype=mixed or dtype)
+    inputs = [tensor, *[other] * (n - 1), *[None] * (5 - n)]
+    given = [other if options.get(name) else None for name in ("uncond", "noise", "variance")]
+    key = torch.zeros({"one": (2,), "each": (shape[0], 2)}[options["key"]], dtype=torch.int64) if "key" in options else None
+    index = torch.zeros((), dtype=torch.int64) if options.get("on_device") else None
+    dtypes = [dtype if k < outputs else None for k in range(3)]
+    scheduler_step(
+        *inputs, *given, rows[None], index, key, 0, 0, 7.5, options.get("rescale", 0.0), options.get("clamp"),
+        options.get("threshold"), 1.5, *dtypes,
+    )  # fmt: skip
+
+
+def noised(path, target, dtype=BF16, by_index=False, key=None, shape=(2, 16, 64)):
+    tensor = torch.empty(shape, dtype=dtype)
+    keys = None if key is None else torch.zeros({"one": (2,), "each": (shape[0], 2)}[key], dtype=torch.int64)
+    t = torch.zeros(shape[0], dtype=torch.int64) if by_index else torch.zeros(shape[0])
+    add_noise(tensor, tensor if key is None else None, keys, t, torch.ones(10, dtype=FP64) if by_index else None, path, target)
+
+
+ODD = (2, 3, 5)
+CONFIGURATIONS = {
+    "ddim": lambda: step(DDIM),
+    "ddim_fp32": lambda: step(DDIM, FP32),
+    "ddim_fp64": lambda: step(DDIM, FP64),
+    "ddim_mixed": lambda: step(DDIM, FP32, mixed=BF16),
+    "ddim_odd": lambda: step(DDIM, shape=ODD),
+    "ddim_clamp": lambda: step(DDIM, FP32, clamp=1.0),
+    "ancestral_noise": lambda: step(ANCESTRAL, noise=True),
+    "ancestral_key": lambda: step(ANCESTRAL, key="one"),
+    "ancestral_keys": lambda: step(ANCESTRAL, FP32, key="each"),
+    "ancestral_key_odd": lambda: step(ANCESTRAL, FP16, shape=ODD, key="one"),
+    "on_device": lambda: step(ANCESTRAL, key="one", on_device=True),
+    "on_device_clamp": lambda: step(ANCESTRAL, FP32, key="one", on_device=True, clamp=1.0),
+    "on_device_full": lambda: step(FULL, key="each", on_device=True, uncond=True),
+    "full": lambda: step(FULL, key="one", clamp=1.0, uncond=True),
+    "full_fp32": lambda: step(FULL, FP32, key="one", clamp=1.0, uncond=True),
+    "learned": lambda: step(LEARNED, FP32, key="one", variance=True, clamp=1.0),
+    "learned_on_device": lambda: step(LEARNED, noise=True, variance=True, on_device=True),
+    "rescale": lambda: step(DDIM, FP32, uncond=True, rescale=0.7),
+    "threshold": lambda: step(DDIM, FP32, threshold=0.9),
+    "guidance": lambda: guidance(torch.empty(2, 64, dtype=BF16), torch.empty(2, 64, dtype=BF16), 7.5, 0.0),
+    "guidance_rescale": lambda: guidance(torch.empty(2, 64, dtype=BF16), torch.empty(2, 64, dtype=BF16), 7.5, 0.7),
+    **{
+        f"noise_{path}_{target}": lambda p=path, t=target: noised(p, t)
+        for path, target in (("linear", "flow"), ("gvp", "v"), ("edm", "sample"), ("vp", "flow"), ("vp", "epsilon"))
+    },
+    "noise_index": lambda: noised("vp", "v", FP32, by_index=True),
+    "noise_index_key": lambda: noised("vp", "v", by_index=True, key="each"),
+    "noise_key": lambda: noised("linear", "flow", FP32, key="one"),
+    "noise_key_odd": lambda: noised("linear", None, FP16, key="one", shape=ODD),
+    "noise_fp64": lambda: noised("gvp", "flow", FP64),
+}
+
+
+def describe(compiled):
+    ptx = compiled.asm["ptx"]
+    widest = max((int(count) * int(bits) for count, bits in re.findall(r"ld\.global\S*\.v(\d)\.b(\d+)", ptx)), default=0)
+    return machine_code(compiled) | {"fp32_fused": ptx.count("fma.rn.f32"), "widest_load": widest}
+
+
+def facts(configuration, capability):
+    found = []
+    for name, module in KERNELS.items():
+        setattr(module, name, Recorder(ORIGINALS[name], capability, found, describe))
+    CONFIGURATIONS[configuration]()
+    return found
+
+
+if __name__ == "__main__":
+    ORIGINALS = {name: getattr(module, name) for name, module in KERNELS.items()}
+    assert pieces_of_samples.BLOCK  # the figures are of this one
+    for request in json.loads(sys.argv[1]):
+        print(json.dumps(facts(*request)), flush=True)
