@@ -93,7 +93,8 @@ def by_place(name: str, vector: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
     if vector.dim() > 3:  # (B, F, 1, D), or one of x's own leading shape
         vector = vector.flatten(1, -2)
     samples, frames = vector.shape[0], 1 if vector.dim() == 2 else vector.shape[1]
-    if fits and samples in (1, B) and (frames == T or (frames > 0 and T % frames == 0)):
+    # not `samples in (1, B)`: with symbolic sizes Dynamo has said no to that where they are equal (Latte's blocks, torch 2.13)
+    if fits and (samples == 1 or samples == B) and (frames == T or (frames > 0 and T % frames == 0)):
         if samples == B:
             return vector
         return vector.reshape(D) if frames == 1 else vector.expand(B, -1, -1)

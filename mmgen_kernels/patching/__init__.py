@@ -9,6 +9,7 @@ from mmgen_kernels.patching import (
     diffusers,
     diffusers_blocks,
     diffusers_joint_blocks,
+    diffusers_lumina_blocks,
     diffusers_normalization,
     dit,
     llamagen,
@@ -29,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     llamagen.VectorQuantizerRule(),
     *diffusers_blocks.RULES,
     *diffusers_joint_blocks.RULES,
+    *diffusers_lumina_blocks.RULES,
     *diffusers_normalization.RULES,
     *dit.RULES,
 )

@@ -15,6 +15,8 @@ B, T, S, D, H = 2, 9, 5, 48, 3
 BASIC = {"activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False}
 SINGLE = {**BASIC, "norm_type": "ada_norm_single"}
 JOINT, FLUX = ("text", "temb"), {"qk_norm_rope": 2, "joint_attention": 1, "gate_residual": 4, "adaln_mlp": 2}
+LUMINA = {"num_kv_heads": 1, "multiple_of": 32, "ffn_dim_multiplier": None, "norm_eps": 1e-5}
+SANDWICH = {"adaln": 1, "qk_norm_rope": 1, "attention": 1, "gate_residual_adaln": 1, "gate_residual": 1}
 ONE_ATTENTION, TWO_ATTENTIONS = ({"attention": n, "gate_residual": 2, "adaln_mlp": 1} for n in (1, 2))
 # name -> class, its options, what its forward takes besides tokens, how often operators then run: adaln_mlp runs a gate_residual
 CASES = {
@@ -44,8 +46,12 @@ CASES = {
         "FluxSingleTransformerBlock", {}, (*JOINT, "tables"),
         {"adaln": 1, "qk_norm_rope": 1, "attention": 1, "gate_residual": 1},
     ),
+    "lumina2": ("Lumina2TransformerBlock", LUMINA, ("rotations", "temb"), SANDWICH),
+    "lumina2, mask": ("Lumina2TransformerBlock", LUMINA, ("seen", "rotations", "temb"), SANDWICH),
+    "lumina2, text": ("Lumina2TransformerBlock", {**LUMINA, "modulation": False}, ("seen", "rotations"), SANDWICH),
 }  # fmt: skip
 FILES = {
+    "Lumina2TransformerBlock": "diffusers.models.transformers.transformer_lumina2",
     "BasicTransformerBlock": "diffusers.models.attention",
     "JointTransformerBlock": "diffusers.models.attention",
     "FluxTransformerBlock": "diffusers.models.transformers.transformer_flux",
@@ -58,7 +64,8 @@ def make(library, case, dtype=torch.float32, **options):
     """With weights of which none is like another: models begin with zeros and ones."""
     name, usual, _, _ = CASES[case]
     source = twins if library == "twin" else pytest.importorskip(FILES[name])
-    block = getattr(source, name)(D, H, D // H, **usual, **options)
+    sizes = (D, H) if name == "Lumina2TransformerBlock" else (D, H, D // H)
+    block = getattr(source, name)(*sizes, **usual, **options)
     torch.manual_seed(0)
     for parameter in dict(sorted(block.named_parameters())).values():
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
@@ -82,9 +89,12 @@ def arguments(case, dtype=torch.float32, seed=1):
         "text": ("encoder_hidden_states", draw(B, S, width)),
         "temb": ("temb", draw(B, D)),
         "tables": ("image_rotary_emb", tables(draw(S + T, D // H // 2).detach())),
+        "seen": ("attention_mask", (torch.arange(B)[:, None] + torch.arange(T)) % 3 > 0),
+        "rotations": ("image_rotary_emb", torch.polar(torch.ones(B, T, D // H // 2), draw(B, T, D // H // 2).detach().float())),
         "text_mask": ("encoder_attention_mask", draw(B, 1, S).detach()),
     }
-    return {"hidden_states": draw(B, T, D), **dict(given[name] for name in CASES[case][2])}
+    empty = {"attention_mask": None} if "rotations" in CASES[case][2] else {}
+    return {"hidden_states": draw(B, T, D), **empty, **dict(given[name] for name in CASES[case][2])}
 
 
 def tables(angles):

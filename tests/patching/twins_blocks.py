@@ -8,6 +8,7 @@ from twins_normalization import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
     AdaLayerNormZeroSingle,
+    LuminaRMSNormZero,
     RMSNorm,
     SD35AdaLayerNormZeroX,
     named,
@@ -227,3 +228,40 @@ class FluxSingleTransformerBlock(nn.Module):
         seen = self.attn(h, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
         x = clipped(x + gate[:, None] * self.proj_out(torch.cat((seen, self.act_mlp(self.proj_mlp(h))), 2)))
         return x.split((encoder_hidden_states.shape[1], hidden_states.shape[1]), 1)
+
+
+class LuminaFeedForward(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.linear_1, self.linear_3 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.linear_2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)) * self.linear_3(x))
+
+
+class Lumina2TransformerBlock(nn.Module):
+    """Norms before and after each half, gates of tanh; without modulation neither scales nor gates."""
+
+    def __init__(
+        self, dim, num_attention_heads, num_kv_heads, multiple_of=256, ffn_dim_multiplier=None, norm_eps=1e-5, modulation=True
+    ):
+        super().__init__()
+        self.modulation, head_dim = modulation, dim // num_attention_heads
+        self.attn = Attention(
+            "Lumina2AttnProcessor2_0", dim, num_attention_heads, head_dim, kv_heads=num_kv_heads, norm=lambda d: RMSNorm(d, 1e-5),
+            bias=False,
+        )  # fmt: skip
+        self.feed_forward = LuminaFeedForward(dim, -(-4 * dim // multiple_of) * multiple_of)
+        self.norm1 = LuminaRMSNormZero(dim, norm_eps, True) if modulation else RMSNorm(dim, norm_eps)
+        self.ffn_norm1, self.norm2, self.ffn_norm2 = (RMSNorm(dim, norm_eps) for _ in range(3))
+
+    def forward(self, hidden_states, attention_mask, image_rotary_emb, temb=None):
+        x = hidden_states
+        h, gate_msa, scale, gate = self.norm1(x, temb) if self.modulation else (self.norm1(x), None, None, None)
+        x = self.updated(x, self.norm2(self.attn(h, h, attention_mask, image_rotary_emb=image_rotary_emb)), gate_msa)
+        h = self.ffn_norm1(x) if scale is None else self.ffn_norm1(x) * (1 + scale[:, None])
+        return self.updated(x, self.ffn_norm2(self.feed_forward(h)), gate)
+
+    def updated(self, x, y, gate):
+        return x + y if gate is None else x + gate[:, None].tanh() * y
