@@ -201,6 +201,26 @@ def test_another_schedulers_config_is_kept_for_the_way_back():
     assert mk.schedulers.DDIMScheduler.from_config(dpm.config).config == {**dpm.config}
 
 
+@pytest.mark.parametrize("class_name", DEFAULTS)
+def test_the_levels_of_training_are_those_of_the_config(class_name):
+    changed = {"num_train_timesteps": 500, **({"shift": 3.0} if class_name.startswith("Flow") else {"beta_end": 0.012})}
+    ours, expected = type(made(class_name)).from_config(changed), made(class_name, **changed)
+    for levels in ("alphas_cumprod", "sigmas", "timesteps"):
+        a, b = getattr(ours, levels), getattr(expected, levels)
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_subclass_may_take_more_and_hand_on_the_rest():
+    class Named(mk.schedulers.DDIMScheduler):
+        def __init__(self, label="none", **arguments):
+            super().__init__(**arguments)
+            self.label = label
+
+    scheduler = Named.from_config({"label": "mine", "beta_end": 0.012, "of_another_class": 1})
+    assert scheduler.label == "mine" and scheduler.config.of_another_class == 1
+    assert torch.equal(scheduler.alphas_cumprod, made("DDIMScheduler", beta_end=0.012).alphas_cumprod)
+
+
 # -- no waiting for a device ------------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,13 @@ def keeps_config(init: Callable) -> Callable:
     return constructor
 
 
+def taken_by(cls: type) -> set[str]:
+    """The names of a constructor's arguments: those of its class where it is declared with any (**kwargs)."""
+    own = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+    named = {p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return named if len(named) == len(own) else named | set(inspect.signature(cls).parameters)
+
+
 class Configured:
     """from_config, from_pretrained and save_pretrained. Entries that the class does not take are kept for a round trip."""
 
@@ -65,7 +72,7 @@ class Configured:
         if not isinstance(config, dict):
             raise TypeError(f"config must be a dict of arguments, got {type(config).__name__}")
         given = {**config, **changed}
-        taken = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        taken = taken_by(cls)
         scheduler = cls(**{name: value for name, value in given.items() if name in taken})
         own = {name: value for name, value in given.items() if name not in taken and not name.startswith("_")}
         scheduler.config = Config({**scheduler.config, **own})
