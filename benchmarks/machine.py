@@ -13,7 +13,17 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "diffusers", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "flashlib", "flash-kmeans")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "numpy",
+    "faiss-cpu",
+    "scikit-learn",
+    "vector-quantize-pytorch",
+    "flashlib",
+    "flash-kmeans",
+)
 
 
 def device_name(device: torch.device) -> str:
