@@ -4,15 +4,26 @@ import json
 from dataclasses import asdict, dataclass
 
 from mmgen.data import DataConfig
-from mmgen.models import VQVAEConfig
-from mmgen.training import TrainingConfig
+from mmgen.diffusion import ObjectiveConfig
+from mmgen.models import DiTConfig, VQVAEConfig
+from mmgen.training import DiTTrainingConfig, VQVAETrainingConfig
+
+
+class Settings:
+    """Of an experiment, as JSON gives them back, tuples as lists: what is read compares equal to what was written."""
+
+    @property
+    def settings(self) -> dict[str, dict]:
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Settings):
+    """A VQ-VAE."""
+
     data: DataConfig
     model: VQVAEConfig
-    training: TrainingConfig
+    training: VQVAETrainingConfig
 
     def __post_init__(self):
         if self.data.image_size % self.model.downsampling:
@@ -22,11 +33,6 @@ class Experiment:
             )
 
     @property
-    def settings(self) -> dict[str, dict]:
-        """As JSON gives it back, tuples as lists, so that what is read compares equal to what was written."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @property
     def tokens(self) -> int:
         """Rows that the quantizer gets in one training step."""
         return self.training.batch_size * (self.data.image_size // self.model.downsampling) ** 2
@@ -34,14 +40,37 @@ class Experiment:
 
 def photographs() -> Experiment:
     """64 x 64 crops, 256 tokens each, 2048 per step: two cores train it to recognisable pictures in a minute or two."""
-    return Experiment(DataConfig("photographs"), VQVAEConfig(), TrainingConfig())
+    return Experiment(DataConfig("photographs"), VQVAEConfig(), VQVAETrainingConfig())
 
 
 def folder(path: str) -> Experiment:
     """The same model on the user's own pictures."""
-    return Experiment(DataConfig("folder", path=path), VQVAEConfig(), TrainingConfig())
+    return Experiment(DataConfig("folder", path=path), VQVAEConfig(), VQVAETrainingConfig())
 
 
 def digits() -> Experiment:
     """32 x 32 digits, 64 tokens each, 2048 per step."""
-    return Experiment(DataConfig("digits", image_size=32), VQVAEConfig(in_channels=1), TrainingConfig(batch_size=32))
+    return Experiment(DataConfig("digits", image_size=32), VQVAEConfig(in_channels=1), VQVAETrainingConfig(batch_size=32))
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    num_inference_steps: int = 30
+    guidance_scale: float = 1.5
+
+
+@dataclass(frozen=True)
+class DiTExperiment(Settings):
+    """A Diffusion Transformer of digits."""
+
+    model: DiTConfig
+    objective: ObjectiveConfig
+    training: DiTTrainingConfig
+
+
+def digits_dit() -> DiTExperiment:
+    """The 8 x 8 digits as they are, 16 tokens each."""
+    model = DiTConfig(
+        input_size=8, in_channels=1, patch_size=2, hidden_size=128, depth=4, num_heads=4, num_classes=10, learn_sigma=False
+    )
+    return DiTExperiment(model, ObjectiveConfig(), DiTTrainingConfig())

@@ -1,4 +1,4 @@
 from mmgen.data.sampler import StepSampler
-from mmgen.data.sources import DATASETS, Data, DataConfig, load
+from mmgen.data.sources import DATASETS, Data, DataConfig, LabelledData, labelled_digits, load
 
-__all__ = ["DATASETS", "Data", "DataConfig", "StepSampler", "load"]
+__all__ = ["DATASETS", "Data", "DataConfig", "LabelledData", "StepSampler", "labelled_digits", "load"]

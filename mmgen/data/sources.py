@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mmgen.data.crops import Images, MiddleCrops, Pictures, RandomCrops, to_float
 
@@ -24,6 +25,7 @@ PHOTOGRAPHS = {
 PHOTOGRAPH_SIDE = 4  # short side of a photograph in crops: a crop shows a face or a wheel rather than a texture
 FOLDER_SIDE = 2
 HELD_OUT_SHARE = 10  # of a folder, every tenth picture
+LABELLED_HELD_OUT = 3
 DIGITS_TRAINED_ON = 1437  # the first four fifths: the last digits are of other writers
 
 
@@ -116,13 +118,54 @@ class Digits(Images):
         return self.images[i]
 
 
-def digits(config: DataConfig, seed: int) -> Data:
-    """The order is the sampler's; the seed changes nothing here."""
+class Labelled(Dataset[tuple[Tensor, int]]):
+    """Images with their classes."""
+
+    def __init__(self, images: Images, labels: np.ndarray):
+        self.images, self.labels = images, labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.images[i], self.labels[i]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All at once: (N, C, H, W) and int64 (N,)."""
+        return torch.stack([self.images[i] for i in range(len(self))]), torch.tensor(self.labels)
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    train: Labelled
+    held_out: Labelled
+    num_classes: int
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8) from 0 to 16, and their classes (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("--dataset digits needs sklearn: pip install mmgen-kernels[mmgen]") from error
-    images = load_digits().images  # (1797, 8, 8)
+    bunch = load_digits()
+    return bunch.images, bunch.target
+
+
+def labelled_digits(image_size: int = 8) -> LabelledData:
+    """Digits with their classes, as they are or enlarged.
+
+    Every third is held out, so that the same people wrote both parts: what is held out is what samples should be like.
+    """
+    images, labels = read_digits()
+    held_out = np.arange(len(images)) % LABELLED_HELD_OUT == LABELLED_HELD_OUT - 1  # (1797,)
+    train, rest = (Labelled(Digits(images[part], image_size), labels[part]) for part in (~held_out, held_out))
+    return LabelledData(train, rest, num_classes=10)
+
+
+def digits(config: DataConfig, seed: int) -> Data:
+    """The order is the sampler's; the seed changes nothing here."""
+    images, _ = read_digits()
     return Data(
         train=Digits(images[:DIGITS_TRAINED_ON], config.image_size),
         held_out=Digits(images[DIGITS_TRAINED_ON:], config.image_size),

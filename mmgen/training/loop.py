@@ -1,46 +1,49 @@
-"""The training loop: one model, one dataset, one folder that holds everything needed to go on after a kill."""
+"""The training loop: one model, one dataset, one folder that holds everything needed to go on after a kill.
+
+What a step does, what is counted and what is told of it is the subclass's: `vqvae.py`, `diffusion.py`.
+"""
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mmgen.data import Data, StepSampler
-from mmgen.evaluation import code_counts, evaluate, perplexity, usage
-from mmgen.evaluation.metrics import PIXEL_RANGE
-from mmgen.models import VQVAE
+from mmgen.data import StepSampler
 from mmgen.training import checkpoint, log
 from mmgen.training.interruption import deferred_interruption
-from mmgen.training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 300
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100  # long and quadratic, while codes are still changing hands: +0.4 dB after the demo's 300 steps
+    """Of any model; what a kind of model needs besides is its subclass's."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    warmup_power: float = 1.0
     final_learning_rate: float = 0.05  # as a share of learning_rate, at the end of the cosine
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
-    codebook_window: int = 10  # steps over which code usage is counted; at its end unused codes are revived
-    revive_until: float = 0.8  # share of the steps after which codes are left in peace
     log_every: int = 10
     eval_every: int = 50
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     seed: int = 0
 
+    counts: ClassVar[tuple[str, ...]] = (
+        "steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+    )  # fmt: skip
+
     def __post_init__(self):
-        counts = "steps batch_size codebook_window log_every eval_every checkpoint_every keep_checkpoints"
-        for name in counts.split():
+        for name in self.counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
@@ -49,8 +52,8 @@ class TrainingConfig:
             raise ValueError(f"--learning-rate must be positive, got {self.learning_rate}")
 
     def learning_rate_at(self, step: int) -> float:
-        """Quadratic warm-up times a cosine; a function of the step alone, so that there is no schedule to save."""
-        warmup = min((step + 1) / max(self.warmup_steps, 1), 1.0) ** 2
+        """A warm-up times a cosine; a function of the step alone, so that there is no schedule to save."""
+        warmup = min((step + 1) / max(self.warmup_steps, 1), 1.0) ** self.warmup_power
         cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
         return self.learning_rate * warmup * (self.final_learning_rate + (1 - self.final_learning_rate) * cosine)
 
@@ -61,46 +64,73 @@ class Trainer:
     The same folder, configuration, device and thread count give the same bits, however often the run was cut.
     """
 
+    watched: Sequence[str] = ("loss", "grad_norm")  # metrics that stop the run when they are not finite
+    config: TrainingConfig
+
     def __init__(
         self,
-        model: VQVAE,
-        data: Data,
+        model: nn.Module,
+        train: Dataset,
         config: TrainingConfig,
         folder: Path,
         *,
         settings: dict[str, dict],
         device: torch.device,
     ):
-        self.model = model.to(device)
-        self.data, self.config, self.folder, self.device = data, config, folder, device
+        self.model: nn.Module = model.to(device)
+        self.train, self.config, self.folder, self.device = train, config, folder, device
         self.settings = settings  # the checkpoint's config.json; a resumed run must agree with it
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=0.0, fused=True
         )
         self.log_file = folder / "log.jsonl"
         self.step = 0
-        self.window_counts = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=device)  # (K,)
-        self.stopwatch = Stopwatch(model.quantize, device)
         self.pending: list[dict[str, Tensor]] = []  # metrics of the steps since the last log, still on the device
+        self.prepare()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
+
+    def prepare(self) -> None:
+        """Sets up what the subclass keeps, before it is resumed."""
+
+    def metrics_of_step(self, *batch: Tensor) -> dict[str, Tensor]:
+        """One update on a batch, `update` among it; returns its metrics without waiting for the device."""
+        raise NotImplementedError
+
+    def told(self, records: list[dict[str, Any]]) -> None:
+        """Adds to the records of the last steps what is made of them on the host."""
+
+    def scores(self) -> dict[str, float]:
+        """What the model does on what it was not trained on."""
+        raise NotImplementedError
+
+    def postfix(self, record: dict[str, Any]) -> str:
+        """Of the progress bar."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What the subclass keeps, for a checkpoint."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """What `state` gave."""
 
     def run(self, until: int | None = None) -> None:
         """Trains up to step `until`, or to the end."""
         stop = self.config.steps if until is None else min(until, self.config.steps)
-        sampler = StepSampler(
-            len(self.data.train), self.config.batch_size, seed=self.config.seed, start=self.step, stop=stop
-        )
+        items: Any = self.train
+        sampler = StepSampler(len(items), self.config.batch_size, seed=self.config.seed, start=self.step, stop=stop)
         loader = DataLoader(
-            self.data.train,
+            items,
             batch_sampler=sampler,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or else it would draw from the global one, which resuming has just set
         )
         with deferred_interruption() as interrupted, self._progress_bar() as bar:
             self.window_start = time.perf_counter()
-            for image in loader:
-                self.pending.append(self._train_step(image.to(self.device, non_blocking=True)))
+            for batch in loader:
+                tensors = batch if isinstance(batch, (list, tuple)) else [batch]
+                self.pending.append(self._train_step(*(t.to(self.device, non_blocking=True) for t in tensors)))
                 bar.update()
                 cut = interrupted.is_set()
                 last = cut or self.step == stop
@@ -112,38 +142,19 @@ class Trainer:
                 if cut:
                     raise KeyboardInterrupt
 
-    def _train_step(self, image: Tensor) -> dict[str, Tensor]:
-        """One update on images (B, C, H, W); returns its metrics without waiting for the device."""
-        config, model = self.config, self.model
+    def _train_step(self, *batch: Tensor) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(self.step)
-        out = model(image)
-        reconstruction = F.mse_loss(out.image, image)
-        loss = reconstruction + out.vq_loss
+            group["lr"] = self.config.learning_rate_at(self.step)
+        return self.metrics_of_step(*batch)
+
+    def update(self, loss: Tensor) -> Tensor:
+        """The optimizer's step down the gradient of `loss`; returns the gradient's norm before it was clipped."""
         self.optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.step += 1
-
-        batch_counts = code_counts(out.indices, len(self.window_counts))  # (K,)
-        self.window_counts += batch_counts
-        metrics = {
-            "loss": loss.detach(),
-            "reconstruction": reconstruction.detach(),
-            "vq": out.vq_loss.detach(),
-            "grad_norm": grad_norm,
-            "batch_usage": usage(batch_counts),
-            "batch_perplexity": perplexity(batch_counts),
-            "window_usage": usage(self.window_counts),
-            "window_perplexity": perplexity(self.window_counts),
-            "fingerprint": fingerprint(out.indices),
-        }
-        if self._due(config.codebook_window):
-            if self.step <= config.revive_until * config.steps:
-                model.quantize.revive_(out.latents, self.window_counts, turn=self.step // config.codebook_window)
-            self.window_counts.zero_()
-        return metrics
+        return grad_norm
 
     def _due(self, *intervals: int) -> bool:
         return any(self.step % interval == 0 for interval in intervals)
@@ -155,28 +166,21 @@ class Trainer:
         seconds = (time.perf_counter() - self.window_start) / len(values)
         first = self.step - len(values) + 1
         records: list[dict[str, Any]] = []
-        quantizer_times = self.stopwatch.milliseconds()
-        for step, (row, quantizer_ms) in enumerate(zip(values, quantizer_times, strict=True), first):
-            record = {"step": step} | dict(zip(self.pending[0], row, strict=True))
-            self._require_finite(record)
-            record["fingerprint"] = int(record["fingerprint"])
-            record["psnr"] = 10 * math.log10(PIXEL_RANGE**2 / max(record["reconstruction"], 1e-12))
-            records.append(record | {"quantizer_ms": quantizer_ms, "step_seconds": seconds})
+        for step, row in enumerate(values, first):
+            records.append({"step": step} | dict(zip(self.pending[0], row, strict=True)))
+            self._require_finite(records[-1])
+        self.told(records)
+        for record in records:
+            record["step_seconds"] = seconds
         self.pending.clear()
         if held_out:
-            scores = evaluate(self.model, self.data.held_out, batch_size=self.config.batch_size, device=self.device)
-            records[-1] |= {f"held_out_{name}": value for name, value in scores.items()}
+            records[-1] |= {f"held_out_{name}": value for name, value in self.scores().items()}
         log.append(self.log_file, records)
-        shown = records[-1]
-        bar.set_postfix_str(
-            f"loss {shown['loss']:.4f}, PSNR {shown['psnr']:.2f} dB, usage {shown['window_usage']:.1%}, "
-            f"perplexity {shown['window_perplexity']:.0f}, quantizer {shown['quantizer_ms']:.1f} ms"
-        )
+        bar.set_postfix_str(self.postfix(records[-1]))
         self.window_start = time.perf_counter()
 
     def _require_finite(self, record: dict[str, float]) -> None:
-        watched = ("reconstruction", "vq", "grad_norm")
-        wrong = [f"{name} is {record[name]}" for name in watched if not math.isfinite(record[name])]
+        wrong = [f"{name} is {record[name]}" for name in self.watched if not math.isfinite(record[name])]
         if not wrong:
             return
         spoiled = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
@@ -194,7 +198,7 @@ class Trainer:
         state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
-            "window_counts": self.window_counts,
+            **self.state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
@@ -211,7 +215,7 @@ class Trainer:
         state = checkpoint.read_state(last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.window_counts.copy_(state["window_counts"])
+        self.load_state(state)
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -219,17 +223,6 @@ class Trainer:
 
     def _progress_bar(self) -> tqdm:
         return tqdm(total=self.config.steps, initial=self.step, desc=self.folder.name, unit="step", dynamic_ncols=True)
-
-
-def fingerprint(indices: Tensor) -> Tensor:
-    """A number, (), that changes with any single index: it tells from two logs where two runs first chose differently.
-
-    Below 2^53, so that it travels with the other metrics in a float64.
-    """
-    flat = indices.flatten()  # (N,)
-    place = torch.arange(1, len(flat) + 1, device=flat.device)  # (N,)
-    weight = place * 2654435761 % (1 << 31)  # (N,); an odd multiplier: another weight for each place
-    return ((flat + 1) * weight).sum() % (1 << 53)
 
 
 def require_same_run(saved: dict, asked: dict, folder: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmgen import presets
-from mmgen.presets import Experiment
+from mmgen.presets import DiTExperiment, Experiment
 
 
 @pytest.fixture(autouse=True)
@@ -31,5 +31,18 @@ def tiny() -> Experiment:
             log_every=5,
             eval_every=10,
             checkpoint_every=5,
+        ),
+    )
+
+
+@pytest.fixture
+def tiny_dit() -> DiTExperiment:
+    """The digits with a transformer whose steps take milliseconds."""
+    preset = presets.digits_dit()
+    return DiTExperiment(
+        replace(preset.model, hidden_size=32, depth=2, num_heads=2),
+        preset.objective,
+        replace(
+            preset.training, steps=20, batch_size=4, warmup_steps=2, log_every=5, eval_every=10, checkpoint_every=5
         ),
     )

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmgen.presets import Experiment
 from mmgen.tasks.train import train, trainer
 from mmgen.training import checkpoint, log
-from mmgen.training.loop import fingerprint
 from mmgen.training.stopwatch import Stopwatch
+from mmgen.training.vqvae import fingerprint
 
 CPU = torch.device("cpu")
 TIMES = ("quantizer_ms", "step_seconds")
