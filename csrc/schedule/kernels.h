@@ -17,7 +17,7 @@ using simd::store;
 template <class Lanes, class T, int INPUTS, int VECTORS, bool PLAIN, class Place>
 inline __attribute__((always_inline)) void combine_at(const Place& place, const Combination<typename Lanes::Real>& c,
                                                       const T* const (&in)[INPUTS], const typename Lanes::Real* noise,
-                                                      T* const (&out)[max_outputs], int64_t i) {
+                                                      void* const (&out)[max_outputs], int64_t i) {
   using Vec = typename Lanes::Vec;
   using C = Combination<typename Lanes::Real>;
   Vec x[INPUTS][VECTORS], z[VECTORS], d[VECTORS];
@@ -65,14 +65,18 @@ inline __attribute__((always_inline)) void combine_at(const Place& place, const 
     Vec sum[VECTORS];
     add_inputs(k, sum);
     if constexpr (!PLAIN) add(k, C::derived, d, sum);
+    const auto write = [&](auto* to) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) store<Lanes>(place, out[k - 1] + i + v * Lanes::width, sum[v]);
+      for (int v = 0; v < VECTORS; ++v) store<Lanes>(place, to + i + v * Lanes::width, sum[v]);
+    };
+    if (c.wide >> (k - 1) & 1) write(static_cast<typename Lanes::Real*>(out[k - 1]));
+    else write(static_cast<T*>(out[k - 1]));
   }
 }
 
 template <class Lanes, class T, int INPUTS, bool PLAIN>
 void combine_as(const Combination<typename Lanes::Real>& c, const T* const (&in)[INPUTS], const typename Lanes::Real* noise,
-                T* const (&out)[max_outputs], int64_t count) {
+                void* const (&out)[max_outputs], int64_t count) {
   // what the registers hold beside noise, derived, a sum and a factor
   constexpr int vectors = std::clamp(Lanes::registers / (INPUTS + 4), 1, 4), step = vectors * Lanes::width;
   int64_t i = 0;
@@ -87,9 +91,9 @@ void combine(const Combination<typename Lanes::Real>& given, const void* const* 
              void* const* outputs, int64_t count) {
   const auto c = given;  // its own: what is stored cannot change it
   const T* in[INPUTS];
-  T* out[max_outputs] = {};
+  void* out[max_outputs] = {};
   for (int j = 0; j < INPUTS; ++j) in[j] = static_cast<const T*>(inputs[j]);
-  for (int k = 0; k < c.outputs; ++k) out[k] = static_cast<T*>(outputs[k]);
+  for (int k = 0; k < c.outputs; ++k) out[k] = outputs[k];
   if (noise || c.derives || c.guides) combine_as<Lanes, T, INPUTS, false>(c, in, noise, out, count);
   else combine_as<Lanes, T, INPUTS, true>(c, in, noise, out, count);
 }

@@ -132,12 +132,10 @@ struct Pass {
   static constexpr int64_t room = chunk + 16;  // a stream begins up to 3 elements before
 
   void piece(const Formula<Real>& f, int64_t sample, int64_t size, int64_t at, int64_t count, Real* scratch) const {
-    const auto& c = f.terms;
-    int dtype = results.empty() ? own : results[0].dtype;
-    for (int j = 0; j < c.inputs; ++j)
+    auto c = f.terms;
+    int dtype = sources[f.source[0]].dtype;
+    for (int j = 1; j < c.inputs; ++j)
       if (sources[f.source[j]].dtype != dtype) dtype = own;
-    for (const Result& r : results)
-      if (r.dtype != dtype) dtype = own;
     if (!kernels.combine[dtype][0]) dtype = own;
 
     const auto take = [&] { return std::exchange(scratch, scratch + room); };
@@ -163,11 +161,15 @@ struct Pass {
       }
     }
     const int64_t element = sample * size + at;
-    for (size_t k = 0; k < results.size(); ++k)
-      out[k] = results[k].dtype == dtype ? static_cast<void*>(results[k].data + element * results[k].bytes) : take();
+    const auto direct = [&](const Result& r) { return r.dtype == dtype || r.dtype == own; };
+    for (size_t k = 0; k < results.size(); ++k) {
+      const Result& r = results[k];
+      out[k] = direct(r) ? static_cast<void*>(r.data + element * r.bytes) : take();
+      c.wide |= uint32_t(r.dtype != dtype) << k;
+    }
     kernels.combine[dtype][c.inputs - 1](c, in, z, out, count);
     for (size_t k = 0; k < results.size(); ++k)
-      if (const Result& r = results[k]; r.dtype != dtype)
+      if (const Result& r = results[k]; !direct(r))
         kernels.narrow[r.dtype](static_cast<const Real*>(out[k]), count, r.data + element * r.bytes);
   }
 };

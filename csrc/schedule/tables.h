@@ -17,6 +17,7 @@ template <class Real>
 struct Combination {
   static constexpr int derived = max_inputs, noise = max_inputs + 1, terms = max_inputs + 2;
   int inputs = 0, outputs = 0;
+  uint32_t wide = 0;  // bit k: output k is of type Real, whatever the inputs are
   Real factor[1 + max_outputs][terms] = {};
   uint32_t present[1 + max_outputs] = {};  // bit j: factor[.][j] is not 0
   bool guides = false;
@@ -39,7 +40,7 @@ struct Sums {  // of two rows and of their squares
 
 template <class Real>
 struct Kernels {
-  // [dtype of every input and output][inputs - 1]; z are `count` normals, or null
+  // [dtype of every input, and of the outputs that are not wide][inputs - 1]; z are `count` normals, or null
   void (*combine[4][max_inputs])(const Combination<Real>&, const void* const* inputs, const Real* z, void* const* outputs,
                                  int64_t count);
   void (*widen[4])(const void* row, int64_t count, Real* out);
