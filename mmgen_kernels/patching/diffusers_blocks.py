@@ -18,10 +18,9 @@ from mmgen_kernels.patching.diffusers_attention import (
     attended,
     attended_across,
     attention_reasons,
-    drops,
     fed_forward,
     feed_forward_reasons,
-    is_heard,
+    is_as_written,
     is_run_by,
     linears_of,
     modulated,
@@ -51,7 +50,7 @@ class BlockForward(Forward):
         kind = x.device.type
         if x.dtype not in DTYPES or kind not in ("cpu", "cuda") or getattr(module, "_chunk_size", None) is not None:
             return False
-        if any(is_heard(child) or drops(child) for child in module.modules() if child is not module):
+        if not is_as_written(module):
             return False
         attentions, linears = present(module, self.attentions), present(module, self.others)
         linears += [linear for part in (*attentions, *present(module, self.feed_forwards)) for linear in linears_of(part)]
@@ -206,15 +205,16 @@ class BasicRule(BlockRule):
         reasons = list(attention_reasons("attn1", attn1, BasicForward.processor, normed=False))
         reasons += feed_forward_reasons("ff", module.ff, D)
         if module.norm_type == "ada_norm_zero":
-            reasons += zero_norm_reasons("norm1", module.norm1, D, 6) + layer_reasons("norm3", module.norm3, D)
+            reasons += zero_norm_reasons("norm1", module.norm1, D, 6) + layer_reasons("norm3", getattr(module, "norm3", None), D)
             if getattr(module.norm1, "emb", None) is None:
                 reasons.append("norm1 makes no embedding of timesteps and labels")
             if attn2 is not None:
                 reasons.append("attn2 stands beside norm_type='ada_norm_zero'")
         else:
-            reasons += layer_reasons("norm1", module.norm1, D) + layer_reasons("norm2", module.norm2, D)
-            if tuple(module.scale_shift_table.shape) != (6, D):
-                reasons.append(f"scale_shift_table has shape {tuple(module.scale_shift_table.shape)}, expected {(6, D)}")
+            reasons += layer_reasons("norm1", module.norm1, D) + layer_reasons("norm2", getattr(module, "norm2", None), D)
+            shape = tuple(getattr(getattr(module, "scale_shift_table", None), "shape", ()))
+            if shape != (6, D):
+                reasons.append(f"scale_shift_table has shape {shape}, expected {(6, D)}")
             if attn2 is not None:
                 reasons += attention_reasons("attn2", attn2, BasicForward.processor, normed=False)
         for name in ("pos_embed", "fuser", "only_cross_attention"):

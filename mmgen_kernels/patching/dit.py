@@ -90,19 +90,24 @@ class RotaryBlockForward(BlockForward):
 
 
 class RotaryForward(Forward):
-    """Turns q or k (B, H, T, head_dim), in the dtype that stock gives it: that of the products with the tables."""
+    """Stock's: its tables are what is used, by blocks that are given the embedding."""
 
     def __call__(self, t: Tensor) -> Tensor:
-        cos, sin = self.tables()
-        if t.shape[-2:] != (len(cos), 2 * cos.shape[1]):
-            return self.stock(t)
-        a, b = t.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        return self.stock(t)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """(T, head_dim / 2): stock has each angle twice, for both of the channels that it turns into each other."""
         module: Any = self.module
         return module.freqs_cos[:, ::2], module.freqs_sin[:, ::2]
+
+
+class TablesForward(RotaryForward):
+    """Turns q or k (B, H, T, head_dim) as a block does, in the dtype that stock gives it: that of the products with the tables."""
+
+    def __call__(self, t: Tensor) -> Tensor:
+        cos, sin = self.tables()
+        a, b = t.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
 
 class FinalLayerForward(ConditionedForward):
@@ -298,7 +303,7 @@ class Rotation(nn.Module):
 
 def rotation(angles: Tensor) -> nn.Module:
     rope = Rotation(angles)
-    rope.forward = RotaryForward(rope)  # type: ignore[method-assign]
+    rope.forward = TablesForward(rope)  # type: ignore[method-assign]
     return rope
 
 
@@ -306,8 +311,7 @@ class RotaryRule(Rule):
     """``t * freqs_cos + rotate(t) * freqs_sin`` of channels (2i, 2i + 1), which turn into each other, with tables (T, head_dim)."""
 
     family = "blocks"
-    by = "tables for mk.dit_block"
-    falls_back_when: tuple[str, ...] = ("t has other tokens or channels than the tables",)
+    by = "its tables in mk.dit_block"
 
     def recognises(self, module: nn.Module) -> bool:
         tables = [getattr(module, name, None) for name in ("freqs_cos", "freqs_sin")]
@@ -321,6 +325,9 @@ class RotaryRule(Rule):
 
     def forward(self, module: nn.Module) -> Forward:
         return RotaryForward(module)
+
+    def trial(self, module: nn.Module) -> Forward:
+        return TablesForward(module)
 
     def prepare(self, module: nn.Module, draw: Callable[..., Tensor]) -> None:
         """The angles stay what they are: with others, stock's tables would not have each twice."""

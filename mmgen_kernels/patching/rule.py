@@ -61,6 +61,10 @@ class Rule:
         """What replaces the forward of this instance."""
         raise NotImplementedError
 
+    def trial(self, module: nn.Module) -> Forward:
+        """What verification compares with stock: that forward, or how another module's reads what this one holds."""
+        return self.forward(module)
+
     def calls(self, module: nn.Module, draw: Callable[..., Tensor]) -> Iterator[Call]:
         """Calls by which verification compares; `draw(*shape)` gives normal numbers of the module's dtype and device."""
         raise NotImplementedError

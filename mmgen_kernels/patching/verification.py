@@ -82,7 +82,7 @@ def _differences(rule: Rule, module: nn.Module) -> list[str]:
                 stock = copied(module)
                 rule.prepare(stock, drawing(device, dtype, seed))
                 ours = copied(stock)
-                vars(ours)["forward"] = rule.forward(ours)
+                vars(ours)["forward"] = rule.trial(ours)
                 sides = [run(rule, side, device, dtype, seed) for side in (stock, ours)]
                 found, near_ties = lockstep(sides[0], sides[1], rule, rule.magnification(module))
             except Exception as error:

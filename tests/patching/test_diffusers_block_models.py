@@ -92,3 +92,49 @@ def test_checkpointing_and_compile(built):
         if type(block).__name__.endswith("TransformerBlock"):
             block.compile(fullgraph=True, backend="aot_eager")
     assert_same(results(model, inputs), expected)
+
+
+def fused_projections(model):
+    model.fuse_qkv_projections()
+
+
+def other_processors(model):
+    processors = {n: type("Mine", (type(p),), {})() for n, p in model.attn_processors.items()}
+    model.set_attn_processor(processors)
+
+
+def chosen_backend(model):
+    model.set_attention_backend("native")
+
+
+def layerwise_casting(model):
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def hooks_of_a_part(model):
+    for module in model.modules():
+        if type(module).__name__ == "FeedForward":
+            module.register_forward_hook(lambda *_: None)
+
+
+SWITCHES = (fused_projections, other_processors, chosen_backend, layerwise_casting, hooks_of_a_part)
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.__name__)
+@pytest.mark.parametrize("build", (flux, sd35), ids=lambda build: build.__name__)
+def test_what_the_library_switches_is_heard(build, switch):
+    """After patching: the blocks run the library's code then, with its result."""
+    if build is sd35 and switch in (chosen_backend, fused_projections):
+        pytest.skip("its processor has no backends, and that of fused projections knows no attention of the image alone")
+    sides = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        model, inputs = build(pytest.importorskip("diffusers"))
+        if patched:
+            mk.patch(model, strict=True, families="blocks")
+        switch(model)
+        sides.append(model(**inputs).sample)
+    torch.testing.assert_close(*sides)
+    calls = operator_calls(model, inputs)
+    single = build is flux and switch is hooks_of_a_part  # FLUX's second kind of block has no such part
+    assert calls.get("joint_attention", 0) == 0 and calls.get("attention", 0) == single

@@ -104,7 +104,7 @@ def test_rotary_embedding(dtype):
         assert [r.kind for r in handle.replaced] == ["RotaryEmbedding", "LightningDiTBlock"]
         assert block_calls(model, *inputs(dtype)) == 1
         assert_close(results(model, dtype), expected)
-        assert_close({"q": model.rope(q)}, {"q": turned})
+        assert torch.equal(model.rope(q), turned)  # by itself it is stock's
         assert_close(results(model, dtype, call=torch.compile(model, fullgraph=True, backend="aot_eager")), expected)
     after = results(model, dtype)
     assert all(torch.equal(after[name], expected[name]) for name in expected) and vars(model.rope) == rope
