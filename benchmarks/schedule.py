@@ -1,7 +1,7 @@
 """Steps of samplers: one in the middle of a run, whole runs of small samples, what a run in bf16 loses, and noising.
 
 Shapes are the samples'. "clone" is the floor: copies that move the bytes which the step must move. "ours" draws the noise that
-diffusers draws, "ours, philox" normals in registers. "run" is a run's steps with an empty model, "set_timesteps, run" with all that
+diffusers draws, "ours, philox" normals in registers. "run" is the steps of a run with an empty model, "whole-run" with all that
 precedes them.
 """
 
@@ -301,7 +301,7 @@ def cases(device: torch.device) -> list[Case]:
     found += [trajectory_case(name, "bf16", device) for name in SAMPLERS]
     found += [noising_case(name, dtype, device) for name in NOISING for dtype in DTYPES]
     found += [run_case("run", name, shape, device) for shape in SMALL for name in SAMPLERS]
-    return found + [run_case("set_timesteps, run", name, SMALL[0], device) for name in SAMPLERS]
+    return found + [run_case("whole-run", name, SMALL[0], device) for name in SAMPLERS]
 
 
 # -- bars -------------------------------------------------------------------------------------------------------------
@@ -334,6 +334,6 @@ def bars(results: dict[str, dict]) -> list[Bar]:
         found.append(below(f"{case}: error over that of diffusers", ratio, ERRORS.get(name, 1.0 + 1e-9)))
     small = [f"run/{name}-{named(shape)}" for shape in SMALL for name in SAMPLERS]
     found += [faster(results, case, who, "diffusers", 1.0) for case in small for who in ("ours", "ours, patched")]
-    found += [faster(results, f"set_timesteps, run/{name}-{named(SMALL[0])}", "ours", "diffusers", 1.0) for name in SAMPLERS]
+    found += [faster(results, f"whole-run/{name}-{named(SMALL[0])}", "ours", "diffusers", 1.0) for name in SAMPLERS]
     noising = [f"noising/{name}-{named(TRAINING)}-{dtype}" for name in NOISING for dtype in DTYPES]
     return found + [faster(results, case, "ours", "diffusers", 1.0) for case in noising]

@@ -35,6 +35,7 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "UniPCMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "FlowMatchEulerDiscreteScheduler": {},  # scale_noise has its arguments in another order
 }
+SPLIT = {name: split_return_dict(function) for name, (function, _) in STEPS.items()}
 STEPS_OF_VERIFICATION = 5
 TOLERANCE = 1e-4  # of the largest value: fp32, coefficients in fp32 there and in fp64 here, over that many steps
 
@@ -64,12 +65,13 @@ class Step(Method):
     def __init__(self, scheduler: Any, class_name: str, noise: str):
         super().__init__(scheduler)
         self.class_name, self.stepper = class_name, Stepper(class_name, noise)
+        self.split = SPLIT[class_name]
         self.calls = self.fused = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function, fields = STEPS[self.class_name]
         self.calls += 1
-        ours, named, as_dict = split_return_dict(function)(args, dict(kwargs))
+        ours, named, as_dict = self.split(args, dict(kwargs))
         try:
             results = function(self.stepper, self.scheduler, *ours, **named)
         except Unplanned:

@@ -221,6 +221,23 @@ def test_a_subclass_may_take_more_and_hand_on_the_rest():
     assert torch.equal(scheduler.alphas_cumprod, made("DDIMScheduler", beta_end=0.012).alphas_cumprod)
 
 
+def test_a_run_like_the_last_one_is_not_planned_again():
+    scheduler = made("UniPCMultistepScheduler")
+    first = sampled(scheduler, steps=6)
+    (table,) = scheduler.stepper.tables.values()
+    again = sampled(scheduler, steps=6)
+    assert all(same_bits(a, b) for a, b in zip(first, again, strict=True))
+    assert list(scheduler.stepper.tables.values()) == [table]
+    sampled(scheduler, steps=7)
+    assert table not in scheduler.stepper.tables.values()
+    scheduler.set_timesteps(7)
+    (kept,) = scheduler.stepper.tables.values()
+    scheduler.sigmas[2] *= 1.25  # somebody's own levels
+    scheduler.set_begin_index(0)
+    scheduler.step(torch.zeros(2, 3), scheduler.timesteps[0], torch.ones(2, 3))
+    assert kept not in scheduler.stepper.tables.values()
+
+
 # -- no waiting for a device ------------------------------------------------------------------------------------------
 
 

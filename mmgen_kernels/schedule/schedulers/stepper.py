@@ -37,22 +37,22 @@ class Table:
             rows = torch.cat((rows, limits), 1)
         self.rows = rows
         self.used = [  # of each row, the inputs that it looks at; the sample gives the outputs their shape
-            [name for j, name in enumerate(plan.inputs) if name == "sample" or any(line[j] != 0 for line in row)]
+            tuple(name for j, name in enumerate(plan.inputs) if name == "sample" or any(line[j] != 0 for line in row))
             for row in plan.rows
         ]
-        self.parts: dict[tuple[int, ...], Tensor] = {}
+        self.parts: dict[tuple[str, ...], Tensor] = {}
         self.place = {int(t): k for k, t in reversed(list(enumerate(plan.timesteps)))}
 
     def require(self, k: int, named: Mapping[str, Tensor | None]) -> None:
         if missing := [name for name in self.used[k] if named.get(name) is None]:
             raise Unplanned(f"history must hold {', '.join(missing)}: the run was entered in its middle")
 
-    def of_inputs(self, columns: tuple[int, ...]) -> Tensor:
+    def of_inputs(self, names: tuple[str, ...]) -> Tensor:
         """The table with these inputs alone."""
-        if columns not in self.parts:
+        if names not in self.parts:
             n = len(self.plan.inputs)
-            self.parts[columns] = self.rows[..., [*columns, n, n + 1]].contiguous()
-        return self.parts[columns]
+            self.parts[names] = self.rows[..., [*map(self.plan.inputs.index, names), n, n + 1]].contiguous()
+        return self.parts[names]
 
 
 class Stepper:
@@ -66,6 +66,7 @@ class Stepper:
         self.class_name, self.noise = class_name, noise
         self.tables: dict[Any, Table] = {}
         self.seen: tuple[Any, ...] = ()
+        self.planned: tuple[Any, Schedule] | None = None
         self.key: Tensor | None = None
 
     # -- plans --------------------------------------------------------------------------------------------------------
@@ -75,7 +76,10 @@ class Stepper:
         levels = tuple(getattr(scheduler, name, None) for name in ("timesteps", "sigmas", "alphas_cumprod"))
         seen = (*map(id, levels), *(v._version for v in levels if isinstance(v, Tensor)), id(scheduler.config))
         if seen != self.seen:  # set_timesteps, or somebody who changed its result
-            self.tables.clear()
+            planned = scheduler.config, self.schedule(levels, None)
+            if self.planned is None or planned[0] is not self.planned[0] or planned[1] != self.planned[1]:
+                self.tables.clear()  # else it is the same run once more
+            self.planned = planned
             self.seen, self.levels, self.key = seen, levels, None  # the tensors are kept: an id may be used again
         asked = (begin, alone, scheduler.num_inference_steps, *run.items())
         if asked not in self.tables:
@@ -125,10 +129,9 @@ class Stepper:
         plan, names = table.plan, table.used[k]
         if len(names) > INPUTS:
             return self.in_two(table, k, named, dtypes)
-        coefficients = table.of_inputs(tuple(plan.inputs.index(name) for name in names))
         outputs = scheduler_step(
             [named[name] for name in names],  # type: ignore[misc]
-            coefficients,
+            table.of_inputs(names),
             k,
             noise=noise,
             clamp=None if plan.clamp is None else plan.clamp[1],
