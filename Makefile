@@ -25,7 +25,7 @@ help:  ## print this list
 	@echo "Tasks, each of which sets up what it needs:"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/\1\t/' | expand -t 14 | sed 's/^/  /'
 
-demo: $(STAMPS)/cpp $(STAMPS)/extra-mmgen  ## train a VQ-VAE on photographs with the stock quantizer and with ours, and compare
+demo: $(STAMPS)/cpp $(STAMPS)/extra-mmgen  ## a VQ-VAE of photographs, stock quantizer against ours; then a DiT of digits
 	$(PY) -m mmgen demo $(ARGS)
 
 test: $(STAMPS)/probe $(STAMPS)/extra-test $(STAMPS)/extra-mmgen $(STAMPS)/extra-lint  ## everything that takes seconds and no GPU, then lint

@@ -1,17 +1,19 @@
-"""`python -m mmgen demo` and `python -m mmgen train`."""
+"""`python -m mmgen demo`, `train`, `train-dit` and `sample`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmgen import presets
 from mmgen.data import DATASETS
+from mmgen.diffusion.objective import TARGETS, TIMES
 from mmgen.models.quantizers import QUANTIZERS
-from mmgen.presets import Experiment
+from mmgen.presets import DiTExperiment, Experiment, SamplingConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,14 +30,34 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmgen", description=__doc__)
     tasks = parser.add_subparsers(required=True, metavar="task")
 
-    demo = tasks.add_parser("demo", help="train a VQ-VAE twice, with the stock quantizer and with ours, and compare")
+    demo = tasks.add_parser("demo", help="a VQ-VAE with the stock quantizer and with ours, compared; then a DiT of digits")
     demo.set_defaults(task=run_demo)
+    demo.add_argument("--dit-steps", type=int, metavar="N", help="training steps of the DiT")
     add_common(demo, out="runs/demo")
+    add_sampling(demo)
 
     train = tasks.add_parser("train", help="train one VQ-VAE")
     train.set_defaults(task=run_train)
     train.add_argument("--quantizer", choices=list(QUANTIZERS), help="default: fused")
     add_common(train, out="runs/train")
+
+    train_dit = tasks.add_parser("train-dit", help="train one DiT on handwritten digits")
+    train_dit.set_defaults(task=run_train_dit)
+    for name in ("patch-size", "hidden-size", "depth", "num-heads"):
+        train_dit.add_argument(f"--{name}", type=int, metavar="N")
+    train_dit.add_argument("--target", choices=list(TARGETS), help="what the model predicts; default: flow")
+    train_dit.add_argument("--times", choices=TIMES, help="how training times are spread")
+    train_dit.add_argument("--ema-decay", type=float, metavar="X")
+    add_training(train_dit, out="runs/train-dit")
+
+    sample = tasks.add_parser("sample", help="draw digits from what train-dit has trained, as a picture")
+    sample.set_defaults(task=run_sample)
+    sample.add_argument("--labels", type=int, nargs="+", metavar="Y", help="classes in turns; default: all")
+    sample.add_argument("--seed", type=int, metavar="N")
+    add_sampling(sample)
+    add_machine(sample)
+    sample.add_argument("--run", type=Path, default=Path("runs/train-dit"), metavar="DIR", help="default: runs/train-dit")
+    sample.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE", help="default: samples.png")
     return parser
 
 
@@ -45,29 +67,55 @@ def add_common(parser: argparse.ArgumentParser, *, out: str) -> None:
     add("--dataset", choices=list(DATASETS), default="photographs", help="default: photographs")
     add("--path", metavar="DIR", help="the folder of images that --dataset folder reads")
     add("--image-size", type=int, metavar="N", help="side of the training crops")
+    add("--codebook-size", type=int, metavar="K")
+    add("--codebook-dim", type=int, metavar="D")
+    add("--l2-normalize", action=argparse.BooleanOptionalAction, help="latents and codes on the unit sphere")
+    add_training(parser, out=out)
+
+
+def add_training(parser: argparse.ArgumentParser, *, out: str) -> None:
+    add = parser.add_argument
     add("--steps", type=int, metavar="N")
     add("--batch-size", type=int, metavar="N")
     add("--learning-rate", type=float, metavar="X")
     add("--checkpoint-every", type=int, metavar="N", help="steps")
-    add("--codebook-size", type=int, metavar="K")
-    add("--codebook-dim", type=int, metavar="D")
-    add("--l2-normalize", action=argparse.BooleanOptionalAction, help="latents and codes on the unit sphere")
     add("--seed", type=int, metavar="N")
-    add("--device", help="default: cuda if there is one, else cpu")
-    add("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's own choice")
+    add_machine(parser)
     add("--out", type=Path, default=Path(out), metavar="DIR", help=f"default: {out}")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from what --out holds (default)")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's own choice")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--samples", type=int, metavar="N", help="how many digits the DiT draws")
+    add("--num-inference-steps", type=int, metavar="N")
+    add("--guidance-scale", type=float, metavar="X", help="of classifier-free guidance; 1 is none")
+
+
+def with_options(section: Any, options: dict[str, Any]) -> Any:
+    """A section of a preset with the given options written over it."""
+    names = {field.name for field in fields(section)}
+    return replace(section, **{k: v for k, v in options.items() if k in names and v is not None})
 
 
 def experiment(options: argparse.Namespace) -> Experiment:
     """The dataset's preset with the given options written over it."""
     preset = presets.folder(options.path) if options.dataset == "folder" else getattr(presets, options.dataset)()
+    data, model, training = (with_options(part, vars(options)) for part in (preset.data, preset.model, preset.training))
+    return Experiment(data, model, training)
 
-    def with_options(section):
-        names = {field.name for field in fields(section)}
-        return replace(section, **{k: v for k, v in vars(options).items() if k in names and v is not None})
 
-    return Experiment(with_options(preset.data), with_options(preset.model), with_options(preset.training))
+def dit_experiment(options: dict[str, Any]) -> DiTExperiment:
+    preset = presets.digits_dit()
+    if options.get("target", "flow") not in (None, "flow") and options.get("times") is None:
+        options = options | {"times": "uniform"}
+    model, objective, training = (with_options(part, options) for part in (preset.model, preset.objective, preset.training))
+    return DiTExperiment(model, objective, training)
 
 
 def set_up(options: argparse.Namespace) -> torch.device:
@@ -87,13 +135,28 @@ def set_up(options: argparse.Namespace) -> torch.device:
 def run_demo(options: argparse.Namespace) -> None:
     from mmgen.tasks.demo import demo  # matplotlib comes with it
 
-    demo(experiment(options), options.out, device=set_up(options), resume=options.resume)
+    dit = dit_experiment({"steps": options.dit_steps, "seed": options.seed})
+    sampling = with_options(SamplingConfig(), vars(options))
+    demo(experiment(options), dit, sampling, options.out, device=set_up(options), resume=options.resume)
 
 
 def run_train(options: argparse.Namespace) -> None:
     from mmgen.tasks.train import train
 
     train(experiment(options), options.out, device=set_up(options), resume=options.resume)
+
+
+def run_train_dit(options: argparse.Namespace) -> None:
+    from mmgen.tasks.train import train_dit
+
+    train_dit(dit_experiment(vars(options)), options.out, device=set_up(options), resume=options.resume)
+
+
+def run_sample(options: argparse.Namespace) -> None:
+    from mmgen.tasks.digits import sample_run
+
+    sampling = with_options(SamplingConfig(samples=100), vars(options))
+    sample_run(options.run, options.labels, sampling, options.out, device=set_up(options))
 
 
 if __name__ == "__main__":

@@ -55,8 +55,17 @@ def digits() -> Experiment:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    num_inference_steps: int = 30
+    samples: int = 1000
+    num_inference_steps: int = 25
     guidance_scale: float = 1.5
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("samples", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,12 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
+def to_pixels(picture: Tensor, enlarged: int = 1) -> np.ndarray:
+    """float (1 or 3, H, W) in [-1, 1] -> uint8 (H, W, 3), each pixel `enlarged` times as high and wide."""
+    pixels = ((picture + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0)  # (H, W, 3)
+    return pixels.repeat_interleave(enlarged, dim=0).repeat_interleave(enlarged, dim=1).numpy()
+
+
 def middle(width: int, crop: int) -> int:
     """Left edge of the middle columns, which `hold_out_middle` keeps for the evaluation."""
     return (width - crop) // 2

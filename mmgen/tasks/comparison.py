@@ -1,6 +1,7 @@
 """What the two runs of the demo came to, and how far they agree."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ def numbers(stock: float, ours: float) -> tuple[str, str, str]:
     return f"{stock:.0f}", f"{ours:.0f}", f"{ours - stock:+.0f}"
 
 
-def as_text(rows: list[tuple[str, str, str, str]]) -> str:
+def as_text(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows

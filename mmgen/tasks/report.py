@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen.data import Data
+from mmgen.data.crops import to_pixels
 from mmgen.evaluation import reconstruct
 from mmgen.evaluation.memory import HOW
 from mmgen.models import VQVAE
@@ -61,6 +63,7 @@ training step; normalisation of latents and codebook included.</li>
 <li>Held-out scores: over all pixels and tokens of the held-out set. Training usage and perplexity: over the last
 {window} steps. Both grow with the tokens counted.</li>
 </ul>
+{more}
 <h2>Machine, versions, settings</h2>
 <pre>{facts}</pre>
 </html>
@@ -74,8 +77,10 @@ def page(
     models: dict[str, VQVAE],
     logs: dict[str, Log],
     device: torch.device,
+    *,
+    more: str = "",
 ) -> str:
-    heading, *rows = table(comparison)
+    """`more`: HTML of another stage."""
     count = len(data.held_out)
     crops = [data.held_out[i * count // CROPS_SHOWN] for i in range(CROPS_SHOWN)]
     whole = [picture_tag(torch.cat(versions(picture, models), dim=2)) for picture in data.gallery]
@@ -84,15 +89,21 @@ def page(
         tokens=experiment.tokens,
         codebook_size=experiment.model.codebook_size,
         codebook_dim=experiment.model.codebook_dim,
-        table="".join([table_row("th", heading), *(table_row("td", row) for row in rows)]),
+        table=table_rows(table(comparison)),
         agreement=agreement(comparison),
         crops=picture_tag(torch.cat([torch.cat(versions(crop, models), dim=1) for crop in crops], dim=2)),
         gallery=f"<p>{data.gallery_note} From the left: original, stock, ours.</p>{''.join(whole)}" if whole else "",
         curves=curves_tag(logs),
         memory=HOW[device.type],
         window=experiment.training.codebook_window,
+        more=more,
         facts=html.escape(facts(experiment, device)),
     )
+
+
+def table_rows(rows: Sequence[tuple[str, ...]]) -> str:
+    heading, *others = rows
+    return "".join([table_row("th", heading), *(table_row("td", row) for row in others)])
 
 
 def table_row(tag: str, cells: tuple[str, ...]) -> str:
@@ -106,12 +117,10 @@ def versions(picture: Tensor, models: dict[str, VQVAE]) -> list[Tensor]:
     return [picture[:, :height, :width], *reconstructions]
 
 
-def picture_tag(picture: Tensor) -> str:
-    """(C, H, W) in [-1, 1] as an image of the page, twice as large so that browsers do not blur it."""
-    pixels = ((picture + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0)  # (H, W, 3)
-    pixels = pixels.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)  # (2 H, 2 W, 3)
+def picture_tag(picture: Tensor, enlarged: int = 2) -> str:
+    """(C, H, W) in [-1, 1] as an image of the page, enlarged so that browsers do not blur it."""
     file = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, format="png")
+    Image.fromarray(to_pixels(picture, enlarged)).save(file, format="png")
     return embedded(file)
 
 

@@ -8,18 +8,28 @@ import torch
 from PIL import Image
 
 from mmgen.cli import main
+from mmgen.tasks import digits
 from mmgen.tasks.comparison import Side, agreement, as_text, compare, table
 from mmgen.training import checkpoint, log
 
 SMALL = "--steps=4 --batch-size=8 --image-size=32 --codebook-size=8192 --threads=1 --device=cpu"
+SMALL_DIT = "--dit-steps=4 --samples=40 --num-inference-steps=2"
 MATRIX = 4 * 8 * 8 * 8 * 8192  # bytes of one N x K matrix of fp32
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_races():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "ROUNDS", 1)
+        patch.setattr(digits, "STEPS_OF_A_ROUND", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, short_races):
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("demo")
-    main(["demo", *SMALL.split(), "--out", str(out)])
+    main(["demo", *SMALL.split(), *SMALL_DIT.split(), "--out", str(out)])
     return out
 
 
@@ -55,23 +65,59 @@ def test_the_report_needs_nothing_beside_it(finished):
         for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     ]
     assert sizes[0] == (2 * 12 * 32, 2 * 3 * 32)  # twelve crops in three versions
-    assert len(sizes) == 4  # two whole photographs and the curves
-    for words in ("quantizer, peak memory", "held-out PSNR", "Indices of the two runs", torch.__version__):
+    assert len(sizes) == 7  # two whole photographs and the curves; samples, real digits and a curve
+    assert sizes[4] == (6 * 4 * 9, 6 * 10 * 9)  # four samples of each class, each with a line
+    assert sizes[5] == (6 * 14 * 9, 6 * 10 * 9)
+    told = ("quantizer, peak memory", "held-out PSNR", "Indices of the two runs", "Frechet distance of pixels", "with kernels off")
+    for words in (*told, torch.__version__):
         assert words in page
 
 
 def test_run_again_the_finished_demo_trains_nothing(finished, capsys):
     before = (finished / "fused" / "log.jsonl").read_text()
     report = (finished / "report.html").stat().st_mtime_ns
-    main(["demo", *SMALL.split(), "--out", str(finished)])
+    main(["demo", *SMALL.split(), *SMALL_DIT.split(), "--out", str(finished)])
     assert (finished / "fused" / "log.jsonl").read_text() == before
     assert (finished / "report.html").stat().st_mtime_ns > report
     assert "quantizer, ms/step" in capsys.readouterr().out
 
 
+def test_the_second_stage_trains_a_transformer_of_digits(finished):
+    result = json.loads((finished / "results.json").read_text())["digits"]
+    assert result["speed"]["plain"] > 0 and result["speed"]["ours"] > 0 and result["samples_per_second"] > 0
+    assert result["scores"]["held_out_agreement"] > 0.98
+    assert [record["step"] for record in log.read(finished / "dit" / "log.jsonl")] == [1, 2, 3, 4]
+    assert checkpoint.read_config(checkpoint.latest(finished / "dit" / "checkpoints"))["training"]["steps"] == 4
+
+
+def test_digits_are_drawn_from_a_run(finished, tmp_path, capsys):
+    picture = tmp_path / "digits.png"
+    command = f"sample --run {finished / 'dit'} --labels 3 7 --samples 12 --num-inference-steps 2 --threads 1 --out {picture}"
+    main(command.split())
+    first = picture.read_bytes()
+    assert Image.open(picture).size == (6 * 10 * 9, 6 * 2 * 9)  # ten in a row
+    assert "12 digits of step 4" in capsys.readouterr().out
+    main(command.split())
+    assert picture.read_bytes() == first
+    main(f"{command} --seed 1".split())
+    assert picture.read_bytes() != first
+
+
+def test_a_transformer_is_trained_as_the_options_say(tmp_path):
+    small = "--steps 2 --batch-size 2 --hidden-size 16 --num-heads 2 --depth 1 --threads 1"
+    main(f"train-dit {small} --target v --out {tmp_path}".split())
+    saved = checkpoint.read_config(checkpoint.latest(tmp_path / "checkpoints"))
+    assert (saved["model"]["hidden_size"], saved["objective"]["target"], saved["objective"]["times"]) == (16, "v", "uniform")
+    main(f"sample --run {tmp_path} --samples 2 --num-inference-steps 2 --threads 1 --out {tmp_path / 'digits.png'}".split())
+    assert (tmp_path / "digits.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("train-dit --hidden-size 30", "error: hidden_size must be a multiple of 4"),
+        ("train-dit --target v --times logit_normal", "error: times must be 'uniform' with target 'v'"),
+        ("train-dit --ema-decay 1", r"error: ema_decay must be in [0, 1), got 1.0"),
         ("train --dataset folder", "error: --dataset folder needs --path DIR"),
         ("train --dataset folder --path /nowhere", "error: --path must be a folder of images, got '/nowhere'"),
         ("train --path x", "error: --path is read by --dataset folder only"),
@@ -89,6 +135,21 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, arguments, message):
         main([*arguments.split(), "--out", str(tmp_path)])
     assert str(stopped.value).startswith(message)
     assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--run {finished}/nowhere", "error: --run must be a folder that train-dit has written to, got"),
+        ("--run {finished}/fused", "error: --run must hold a DiT, got"),
+        ("--run {finished}/dit --labels 10", "error: --labels must be between 0 and 9, got 10"),
+        ("--run {finished}/dit --samples 0", "error: --samples must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_line(finished, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", *arguments.format(finished=finished).split(), "--out", str(tmp_path / "x.png")])
+    assert str(stopped.value).startswith(message)
 
 
 def test_digits_train(tmp_path):
