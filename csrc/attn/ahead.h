@@ -14,7 +14,6 @@ class Ahead {
   // Forgets what was asked for before; `steps` will come.
   void begin(int64_t steps) { this->steps = std::max<int64_t>(1, steps), at = end = 0, rows = 0; }
   void ask(const char* row, int64_t stride, int64_t count) {
-    if (count <= 0) return;
     ranges[end++] = {row, stride, count};
     rows += count, each = (rows + steps - 1) / steps;
   }

@@ -70,10 +70,10 @@ class Backward {
   // `next` and its group: what the thread probably takes after this, or null
   void operator()(const Piece& piece, int64_t group, const Piece* next, int64_t next_group) {
     sum_q.resize(piece.queries * p.ld);
-    for (Buffer<Real>* sum : {&sum_k, &sum_v}) sum->assign(piece.keys * p.ld, Real(0));
+    for (Buffer<Real>* sum : {&sum_k, &sum_v}) sum->resize(piece.keys * p.ld);
     for (int64_t head = group * p.group; head < (group + 1) * p.group; ++head) {
       queries.read(p, up, piece, head, 0, piece.queries);
-      std::fill(sum_q.begin(), sum_q.end(), Real(0));
+      if (piece.keys == 0) std::fill(sum_q.begin(), sum_q.end(), Real(0));
       for (int64_t j = 0; j < piece.keys; j += block_keys) {
         ahead.begin(piece.queries);  // five products of them, five or six rows at a time
         if (j + block_keys < piece.keys) ask_for_keys(piece, group, j + block_keys);
@@ -105,23 +105,26 @@ class Backward {
   void one_block(const Piece& piece, int64_t group, int64_t head, int64_t j) {
     const int64_t count = std::min(block_keys, piece.keys - j);
     const int64_t blind = p.causal ? std::min(j, piece.queries) / block_queries * block_queries : 0;  // their queries come before
+    if (blind >= piece.queries)
+      for (Buffer<Real>* sum : {&sum_k, &sum_v}) std::fill_n(sum->data() + j * p.ld, count * p.ld, Real(0));
     block.read(p, piece, group, j, count);
-    const auto add = [&](int64_t m, int64_t k, const Buffer<Real>& a, int64_t a_row, int64_t a_column, const Real* b, Real* sum) {
-      p.kernels.multiply(m, p.ld, k, a.data(), a_row, a_column, b, p.ld, sum, p.ld, true, ahead);
+    const auto add = [&](int64_t m, int64_t k, const Buffer<Real>& a, int64_t a_row, int64_t a_column, const Real* b, Real* sum,
+                         bool first) {
+      p.kernels.multiply(m, p.ld, k, a.data(), a_row, a_column, b, p.ld, sum, p.ld, !first, ahead);
     };
     for (int64_t t = blind; t < piece.queries; t += block_queries) {
       const int64_t rows = std::min(block_queries, piece.queries - t);
+      const bool first = head == group * p.group && t == blind;
       block.differentiate(p, piece, head, t, rows, j, count, queries, t, ahead);
-      add(count, rows, block.weights, 1, block_keys, queries.grad_out.data() + t * p.ld, sum_v.data() + j * p.ld);
-      add(count, rows, block.grad_logits, 1, block_keys, queries.q.data() + t * p.ld, sum_k.data() + j * p.ld);
-      add(rows, count, block.grad_logits, block_keys, 1, block.keys.data(), sum_q.data() + t * p.ld);
+      add(count, rows, block.weights, 1, block_keys, queries.grad_out.data() + t * p.ld, sum_v.data() + j * p.ld, first);
+      add(count, rows, block.grad_logits, 1, block_keys, queries.q.data() + t * p.ld, sum_k.data() + j * p.ld, first);
+      add(rows, count, block.grad_logits, block_keys, 1, block.keys.data(), sum_q.data() + t * p.ld, j == 0);
     }
   }
 
   void write(const Tokens& to, int64_t b, int64_t begin, int64_t count, int64_t head, Real factor, const Buffer<Real>& sum) const {
     if (to.length == 0) return;  // nobody asked for it
-    for (int64_t i = 0; i < count; ++i)
-      p.kernels.narrow[to.dtype](sum.data() + i * p.ld, factor, p.dim, to.row(b, begin + i, head));
+    p.write(sum.data(), factor, to, b, begin, count, head);
   }
 
   const Problem<Real>& p;
@@ -181,7 +184,7 @@ class BiasGradient {
     for (int64_t i = 0; i < rows; ++i) {
       Real* row = sums.data() + i * S;
       if (columns == 1) row[0] = static_cast<Real>(p.kernels.total(row, S));
-      p.kernels.narrow[dtype](row, Real(1), columns, to + i * columns * bytes);
+      p.kernels.narrow[dtype](row, 0, 1, columns, Real(1), to + i * columns * bytes, 0);
     }
   }
 

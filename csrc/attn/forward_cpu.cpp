@@ -42,12 +42,14 @@ class Forward {
         if (p.seen(t + queries - 1, j, count) > 0) block(piece, item, t, queries, j, count);
       }
     }
+    const int64_t from = piece.q_begin + item.begin, head = piece.b * p.q.heads + item.head;
     for (int64_t i = 0; i < item.count; ++i) {
-      const int64_t t = piece.q_begin + item.begin + i, head = piece.b * p.q.heads + item.head;
       const Real d = divisor[i];  // 0 where no key was seen; NaN stays
-      p.kernels.narrow[p.q.dtype](sums.data() + i * p.ld, d == 0 ? Real(0) : 1 / d, p.dim, out.row(piece.b, t, item.head));
-      lse.write(head * p.q.length + t, double(maximum[i]) + std::log(double(d)));
+      factor[i] = d == 0 ? Real(0) : 1 / d;
+      lse.write(head * p.q.length + from + i, double(maximum[i]) + std::log(double(d)));
     }
+    p.kernels.rescale(sums.data(), item.count, p.ld, factor.data());
+    p.write(sums.data(), Real(1), out, piece.b, from, item.count, item.head);
   }
 
  private:

@@ -109,22 +109,26 @@ struct Loops {
   // -- rows
 
   template <class T>
-  static void widen(const void* row, int64_t dim, Real factor, int64_t ld, Real* out) {
-    const T* from = static_cast<const T*>(row);
+  static void widen(const void* rows, int64_t stride, int64_t count, int64_t dim, Real factor, int64_t ld, Real* panel) {
     const Vec by = Lanes::broadcast(factor);
-    int64_t d = 0;
-    for (; d + W <= dim; d += W) Lanes::store(out + d, by * simd::load<Lanes, T>(simd::Whole<Lanes>{}, from + d));
-    if (d < dim) Lanes::store(out + d, by * simd::load<Lanes, T>(simd::Part<Lanes>{dim - d}, from + d)), d += W;
-    for (; d < ld; d += W) Lanes::store(out + d, Vec{});
+    for (int64_t i = 0; i < count; ++i, panel += ld) {
+      const T* from = reinterpret_cast<const T*>(static_cast<const char*>(rows) + i * stride);
+      int64_t d = 0;
+      for (; d + W <= dim; d += W) Lanes::store(panel + d, by * simd::load<Lanes, T>(simd::Whole<Lanes>{}, from + d));
+      if (d < dim) Lanes::store(panel + d, by * simd::load<Lanes, T>(simd::Part<Lanes>{dim - d}, from + d)), d += W;
+      for (; d < ld; d += W) Lanes::store(panel + d, Vec{});
+    }
   }
 
   template <class T>
-  static void narrow(const Real* row, Real factor, int64_t dim, void* out) {
-    T* to = static_cast<T*>(out);
+  static void narrow(const Real* panel, int64_t ld, int64_t count, int64_t dim, Real factor, void* rows, int64_t stride) {
     const Vec by = Lanes::broadcast(factor);
-    int64_t d = 0;
-    for (; d + W <= dim; d += W) simd::store<Lanes, T>(simd::Whole<Lanes>{}, to + d, by * Lanes::load(row + d));
-    if (d < dim) simd::store<Lanes, T>(simd::Part<Lanes>{dim - d}, to + d, by * Lanes::load(row + d));
+    for (int64_t i = 0; i < count; ++i, panel += ld) {
+      T* to = reinterpret_cast<T*>(static_cast<char*>(rows) + i * stride);
+      int64_t d = 0;
+      for (; d + W <= dim; d += W) simd::store<Lanes, T>(simd::Whole<Lanes>{}, to + d, by * Lanes::load(panel + d));
+      if (d < dim) simd::store<Lanes, T>(simd::Part<Lanes>{dim - d}, to + d, by * Lanes::load(panel + d));
+    }
   }
 
   static void rescale(Real* panel, int64_t rows, int64_t ld, const Real* factor) {
@@ -137,14 +141,15 @@ struct Loops {
 
   // In fp64: its error is shared by the gradients of all logits of a query, and does not average out.
   static void dots(int64_t rows, const Real* a, const Real* b, int64_t ld, Real* out) {
-    using Wide = typename Lanes::Wide;
-    for (int64_t i = 0; i < rows; ++i, a += ld, b += ld) {
-      Wide sum{};
-      for (int64_t d = 0; d < ld; d += W)
-        sum += __builtin_convertvector(Lanes::load(a + d), Wide) * __builtin_convertvector(Lanes::load(b + d), Wide);
-      double all = 0;
-      for (int lane = 0; lane < W; ++lane) all += sum[lane];
-      out[i] = static_cast<Real>(all);
+    constexpr int at_a_time = W / 2;
+    for (int64_t i = 0; i < rows; i += at_a_time, a += at_a_time * ld, b += at_a_time * ld) {
+      const int64_t count = std::min<int64_t>(at_a_time, rows - i);
+      typename Lanes::HalfWide of_row[at_a_time]{};
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t d = 0; d < ld; d += W)
+          of_row[r] = Lanes::add_products(Lanes::load(a + r * ld + d), Lanes::load(b + r * ld + d), of_row[r]);
+      const auto sums = simd::fold(of_row, [](auto a, auto b) { return a + b; });
+      for (int64_t r = 0; r < count; ++r) out[i + r] = static_cast<Real>(sums[r]);
     }
   }
 

@@ -167,15 +167,27 @@ struct Problem {
       : q(std::move(of_q)), k(std::move(of_k)), v(std::move(of_v)), bias(bias), pieces(std::move(pieces)), causal(causal),
         scale(scale), dim(q.dim), group(q.heads / k.heads), ld((dim + kernels.width - 1) / kernels.width * kernels.width) {}
 
-  // Rows [begin, begin + count) of a head as a panel, times `factor`.
-  void panel(const Tokens& of, int64_t b, int64_t begin, int64_t count, int64_t head, Real factor, Real* out) const {
-    for (int64_t i = 0; i < count; ++i) kernels.widen[of.dtype](of.row(b, begin + i, head), dim, factor, ld, out + i * ld);
-  }
-
-  static void ask(Ahead& ahead, const Tokens& of, int64_t b, int64_t begin, int64_t count, int64_t head) {
+  // f(row, stride, done, count) for rows [begin, begin + count) of a head: once for each stream that has some of them.
+  template <class F>
+  static void each_stream(const Tokens& of, int64_t b, int64_t begin, int64_t count, int64_t head, const F& f) {
     const int64_t in_first = std::clamp<int64_t>(of.split(b) - begin, 0, count);
-    ahead.ask(of.row(b, begin, head), of.first.stride[1], in_first);
-    if (in_first < count) ahead.ask(of.row(b, begin + in_first, head), of.second.stride[1], count - in_first);
+    if (in_first > 0) f(of.row(b, begin, head), of.first.stride[1], int64_t(0), in_first);
+    if (in_first < count) f(of.row(b, begin + in_first, head), of.second.stride[1], in_first, count - in_first);
+  }
+  // They as a panel, times `factor`; a panel as they; and they are read soon.
+  void panel(const Tokens& of, int64_t b, int64_t begin, int64_t count, int64_t head, Real factor, Real* out) const {
+    each_stream(of, b, begin, count, head, [&](const char* row, int64_t stride, int64_t done, int64_t rows) {
+      kernels.widen[of.dtype](row, stride, rows, dim, factor, ld, out + done * ld);
+    });
+  }
+  void write(const Real* panel, Real factor, const Tokens& to, int64_t b, int64_t begin, int64_t count, int64_t head) const {
+    each_stream(to, b, begin, count, head, [&](char* row, int64_t stride, int64_t done, int64_t rows) {
+      kernels.narrow[to.dtype](panel + done * ld, ld, rows, dim, factor, row, stride);
+    });
+  }
+  static void ask(Ahead& ahead, const Tokens& of, int64_t b, int64_t begin, int64_t count, int64_t head) {
+    each_stream(of, b, begin, count, head,
+                [&](const char* row, int64_t stride, int64_t, int64_t rows) { ahead.ask(row, stride, rows); });
   }
 
   // Logits of `queries` rows of a panel of scaled queries, the first of them number t of its piece, with a block of `keys` keys

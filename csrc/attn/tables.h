@@ -18,10 +18,10 @@ template <class Real>
 struct Kernels {
   int64_t width;  // lanes of a vector
 
-  // dtypes in the order of csrc/floats.h: row -> (factor row, zeros up to ld)
-  void (*widen[4])(const void* row, int64_t dim, Real factor, int64_t ld, Real* out);
-  // row factor -> out
-  void (*narrow[4])(const Real* row, Real factor, int64_t dim, void* out);
+  // dtypes in the order of csrc/floats.h: rows, `stride` bytes apart -> a panel of (factor row, zeros up to ld)
+  void (*widen[4])(const void* rows, int64_t stride, int64_t count, int64_t dim, Real factor, int64_t ld, Real* panel);
+  // panel factor -> rows
+  void (*narrow[4])(const Real* panel, int64_t ld, int64_t count, int64_t dim, Real factor, void* rows, int64_t stride);
 
   // (keys, dim), stride ld -> (dim, keys), stride block_keys, 0 past `keys` up to a whole vector
   void (*transpose)(const Real* panel, int64_t keys, int64_t dim, int64_t ld, Real* out);

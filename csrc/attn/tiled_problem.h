@@ -64,7 +64,7 @@ struct LogitBlock {
       for (int64_t i = 0; i < area.rows; ++i) {
         const int64_t given = p.bias.one_for_all_keys() ? 1 : area.keys;
         float* to = bias.data() + i * width;
-        p.kernels.widen[p.bias.dtype](p.bias.at(area.piece.b, area.head, area.t + i, area.j), given, 1.0f, given, to);
+        p.kernels.widen[p.bias.dtype](p.bias.at(area.piece.b, area.head, area.t + i, area.j), 0, 1, given, 1.0f, given, to);
         if (p.bias.one_for_all_keys()) std::fill_n(to, width, to[0]);
       }
     int32_t seen[tile_queries] = {};

@@ -34,11 +34,13 @@ void transpose(V* rows) {
 // Lane i of the result is `combine` over the lanes of rows[i], which are written over.
 template <class V, class Combine, int H = lanes_of<V> / 2>
 V fold(V* rows, const Combine& combine) {
+  if constexpr (H == 0) return rows[0];
+  else {
 #pragma GCC unroll 8
-  for (int i = 0; i < H; ++i)
-    rows[i] = combine(pieces<H, false>(rows[i], rows[i + H]), pieces<H, true>(rows[i], rows[i + H]));
-  if constexpr (H > 1) return fold<V, Combine, H / 2>(rows, combine);
-  else return rows[0];
+    for (int i = 0; i < H; ++i)
+      rows[i] = combine(pieces<H, false>(rows[i], rows[i + H]), pieces<H, true>(rows[i], rows[i + H]));
+    return fold<V, Combine, H / 2>(rows, combine);
+  }
 }
 
 }  // namespace

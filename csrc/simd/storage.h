@@ -2,6 +2,8 @@
 // Lanes adds to Vectors and Words: fmadd and, where GCC makes poor code of Words, its own conversions.
 #pragma once
 
+#include <type_traits>
+
 #include "simd/vectors.h"
 
 namespace mmgen_kernels::simd {
@@ -87,15 +89,27 @@ template <class Lanes>
 struct Part {
   using Vec = typename Lanes::Vec;
   int64_t count;
+  static constexpr int64_t half = Lanes::width / 2;  // has an instruction; another count is a call of 6 ns
   template <class T>
   auto packed(const T* p) const {
+    if constexpr (half >= 4)
+      if (count == half) return first_half(p, std::make_integer_sequence<int, Lanes::width>());
     typename Storage<Lanes, T>::Packed v{};
     std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(T));
     return v;
   }
   template <class T>
   void write(T* p, typename Storage<Lanes, T>::Packed v) const {
-    std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(T));
+    if (count == half) std::memcpy(p, &v, half * sizeof(T));
+    else std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(T));
+  }
+  template <class T, int... LANE>
+  static auto first_half(const T* p, std::integer_sequence<int, LANE...>) {
+    using Packed = typename Storage<Lanes, T>::Packed;
+    typedef std::remove_reference_t<decltype(Packed{}[0])> Half __attribute__((vector_size(half * sizeof(T))));
+    Half v;
+    std::memcpy(&v, p, sizeof v);
+    return Packed(__builtin_shufflevector(v, Half{}, LANE...));
   }
   Vec only(Vec v) const {
     for (int64_t i = count; i < Lanes::width; ++i) v[i] = 0;

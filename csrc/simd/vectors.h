@@ -34,12 +34,16 @@ struct Vectors {
   // In fp64 its lower half added to its upper one, and two of those as a vector.
   typedef double HalfWide __attribute__((vector_size(width * sizeof(double) / 2)));
   static HalfWide halved(Vec v) { return halved(v, std::make_integer_sequence<int, width / 2>()); }
+  static HalfWide add_products(Vec a, Vec b, HalfWide sum) {
+    const Wide products = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+    return sum + halved(products, std::make_integer_sequence<int, width / 2>());
+  }
   static Vec narrow(HalfWide low, HalfWide high) { return narrow(low, high, std::make_integer_sequence<int, width>()); }
   static Vec broadcast(T x) { return x - Vec{}; }  // and not x + 0, which has no -0
 
  private:
-  template <int... LANE>
-  static HalfWide halved(Vec v, std::integer_sequence<int, LANE...>) {
+  template <class V, int... LANE>
+  static HalfWide halved(V v, std::integer_sequence<int, LANE...>) {
     return __builtin_convertvector(__builtin_shufflevector(v, v, LANE...), HalfWide) +
            __builtin_convertvector(__builtin_shufflevector(v, v, (LANE + width / 2)...), HalfWide);
   }
