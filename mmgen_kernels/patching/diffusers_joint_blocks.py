@@ -114,6 +114,7 @@ class FluxForward(TwoStreamForward):
 
 class FluxSingleForward(BlockForward):
     processor, feed_forwards, others = "FluxAttnProcessor", (), ("proj_mlp", "proj_out")
+    fewest = 0  # what stock does to queries and keys takes longer
 
     def __call__(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Any, image_rotary_emb: Any = None,

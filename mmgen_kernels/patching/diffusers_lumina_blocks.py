@@ -31,6 +31,7 @@ NORMS = ("ffn_norm1", "norm2", "ffn_norm2")
 
 class LuminaForward(BlockForward):
     processor, feed_forwards = "Lumina2AttnProcessor2_0", ()  # its feed-forward is called as it is: two Linears side by side
+    fewest = 0  # what stock does to queries and keys takes longer
 
     def __call__(self, hidden_states: Tensor, attention_mask: Any, image_rotary_emb: Any, temb: Any = None) -> Tensor:
         module: Any = self.module

@@ -40,6 +40,11 @@ def library(request):
     return request.param
 
 
+@pytest.fixture
+def unverified(monkeypatch):
+    monkeypatch.setattr(verification, "_verified", set())
+
+
 # -- what is served ---------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +239,25 @@ def test_other_calls_are_stocks(call):
         assert operator_calls(ours, given) == {}
 
 
+@pytest.mark.parametrize("case", ("dit", "pixart", "sd3", "flux"))
+def test_few_tokens_are_stocks(case, monkeypatch, unverified):
+    """Those of verification are not: it found the block to be right."""
+    wanted = B * T * D
+    monkeypatch.setattr(diffusers_blocks.BlockForward, "fewest", wanted + 1)
+    ours, given = patched(make("twin", case)), arguments(case)
+    assert operator_calls(ours, given) == {}
+    assert served(patched(make("twin", case, torch.bfloat16)), arguments(case, torch.bfloat16), case)
+    monkeypatch.setattr(diffusers_blocks.BlockForward, "fewest", wanted)
+    assert served(ours, given, case)
+
+
+def test_a_wrong_block_of_few_tokens_is_found_out(monkeypatch, unverified):
+    monkeypatch.setattr(diffusers_blocks.BlockForward, "fewest", 1 << 17)
+    monkeypatch.setattr(diffusers_blocks, "attended", lambda attn, x, *_: x)
+    handle = mk.patch(make("twin", "dit"), families="blocks")
+    assert not handle.replaced and "differs" in handle.report()
+
+
 REASONS = {
     "attn1 is run by Mine": ("dit", exchanged),
     "attn1 has residual_connection=True": ("dit", lambda b: setattr(b.attn1, "residual_connection", True)),
@@ -293,11 +317,6 @@ def test_other_norm_types_are_not_known():
 
 
 # -- verification -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unverified(monkeypatch):
-    monkeypatch.setattr(verification, "_verified", set())
 
 
 OPERATORS = ("adaln", "attention", "joint_attention", "qk_norm_rope", "gate_residual", "gate_residual_adaln", "adaln_mlp")
