@@ -11,7 +11,10 @@
 #include <tuple>
 #include <vector>
 
+#include <torch/csrc/stable/library.h>
+
 #include "philox/philox_simt.h"
+#include "schedule/step_problem.h"
 #include "simd/fma_peak.h"
 #include "simd/vec_scalar.h"
 #pragma GCC diagnostic ignored "-Wunused-function"  // of a pass only its format is looked at here
@@ -120,6 +123,23 @@ py::bytes philox_by_fibers(const std::string& kind, int dtype, const py::array_t
   return out;
 }
 
+// The operator on CPU tensors, by the CUDA kernel; threads run in the order of their numbers or the other way round.
+template <bool BACKWARDS>
+std::tuple<schedule::Tensor, schedule::Tensor, schedule::Tensor> scheduler_step_by_fibers(
+    const schedule::Tensor& input_0, const schedule::Optional& input_1, const schedule::Optional& input_2,
+    const schedule::Optional& input_3, const schedule::Optional& input_4, const schedule::Optional& uncond,
+    const schedule::Optional& noise, const schedule::Optional& variance, const schedule::Tensor& coefficients,
+    const schedule::Optional& index, const schedule::Optional& key, int64_t step, int64_t guided, double guidance_scale, double,
+    std::optional<double> clamp, std::optional<double>, double, schedule::ScalarType dtype_0, schedule::OptionalType dtype_1,
+    schedule::OptionalType dtype_2) {
+  namespace gpu = schedule::gpu;
+  return gpu::run_step({input_0, {&input_1, &input_2, &input_3, &input_4}, uncond, noise, variance, coefficients, index, key, step,
+                        guided, guidance_scale, clamp, {dtype_0, dtype_1, dtype_2}},
+                       []<class Real, void (*kernel)(const gpu::Step&, gpu::Factors<Real>&)>(const gpu::Step& p, int64_t blocks) {
+                         simt::launch<gpu::Factors<Real>>(kernel, {blocks, 1, 1}, gpu::threads, p, BACKWARDS);
+                       });
+}
+
 // Each thread takes what its neighbour wrote, after a barrier, without one, or with one that only some threads reach: what the
 // fibers must see.
 struct Neighbours {
@@ -176,6 +196,21 @@ py::array_t<float> exponentials(const Matrix& x, const std::string& set) {
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY(mmgen_kernels_probe, m) {
+  const std::string arguments =
+      "(Tensor input_0, Tensor? input_1, Tensor? input_2, Tensor? input_3, Tensor? input_4, Tensor? uncond, Tensor? noise,"
+      " Tensor? variance, Tensor coefficients, Tensor? index, Tensor? key, SymInt step, int guided, float guidance_scale,"
+      " float guidance_rescale, float? clamp, float? threshold, float threshold_max, ScalarType dtype_0, ScalarType? dtype_1,"
+      " ScalarType? dtype_2) -> (Tensor, Tensor, Tensor)";
+  m.def(("scheduler_step" + arguments).c_str());
+  m.def(("scheduler_step_backwards" + arguments).c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels_probe, CPU, m) {
+  m.impl("scheduler_step", TORCH_BOX(&scheduler_step_by_fibers<false>));
+  m.impl("scheduler_step_backwards", TORCH_BOX(&scheduler_step_by_fibers<true>));
+}
 
 PYBIND11_MODULE(_probe, m) {
   m.doc() = "Build facts, CPU capabilities and each path by name; for tests and benchmarks.";

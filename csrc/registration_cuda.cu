@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "philox/tensors.h"
+#include "schedule/schedule.h"
 #include "vq/tensors.h"
 
 STABLE_TORCH_LIBRARY(mmgen_kernels_cuda, m) {
@@ -11,6 +12,10 @@ STABLE_TORCH_LIBRARY(mmgen_kernels_cuda, m) {
   m.def("philox_uniform(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
   m.def("philox_normal(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
   m.def("fold_in(Tensor key, Tensor i) -> Tensor");
+  m.def("scheduler_step(Tensor input_0, Tensor? input_1, Tensor? input_2, Tensor? input_3, Tensor? input_4, Tensor? uncond, Tensor? noise,"
+        " Tensor? variance, Tensor coefficients, Tensor? index, Tensor? key, SymInt step, int guided, float guidance_scale,"
+        " float guidance_rescale, float? clamp, float? threshold, float threshold_max, ScalarType dtype_0, ScalarType? dtype_1,"
+        " ScalarType? dtype_2) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels_cuda, CUDA, m) {
@@ -19,4 +24,5 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels_cuda, CUDA, m) {
   m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cuda));
   m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cuda));
   m.impl("fold_in", TORCH_BOX(&mmgen_kernels::philox::fold_in_cuda));
+  m.impl("scheduler_step", TORCH_BOX(&mmgen_kernels::schedule::scheduler_step_cuda));
 }

@@ -217,9 +217,9 @@ def add_noise_backward_fake(grad_x_t, grad_target, x0_shape, t, table, path, tar
     return tuple(like.new_empty(x0_shape if need else 0) for need in (need_grad_x0, need_grad_noise))
 
 
-def launchers(name: str) -> dict[str, tuple[str, str] | str]:
-    module = "mmgen_kernels.schedule.triton_kernels"
-    return {"triton": (f"{module}:{name}", f"{module}:{name}_backward")}
+def launchers(name: str, **modules: str) -> dict[str, tuple[str, str] | str]:
+    found = {i: f"mmgen_kernels.schedule.{m}:{name}" for i, m in (modules | {"triton": "triton_kernels"}).items()}
+    return {implementation: (path, f"{path}_backward") for implementation, path in found.items()}
 
 
 SCHEDULER_STEP = library.define(
@@ -231,7 +231,7 @@ SCHEDULER_STEP = library.define(
     f" bool[] needs) -> ({', '.join(f'Tensor grad_{name}' for name in TENSORS)})",
     backward_reference=reference.scheduler_step_backward,
     backward_fake=scheduler_step_backward_fake,
-    launchers=launchers("scheduler_step"),
+    launchers=launchers("scheduler_step", cuda="cuda"),
 )
 
 GUIDANCE = library.define(

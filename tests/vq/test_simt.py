@@ -141,10 +141,12 @@ def test_cross_build_without_spills(tmp_path):
     )
     lookups = ["sum_codes", "pack_codes", "settle", *["sweep"] * 4]  # sweeps of 1 to 4 steps
     streams = ["Integers", *["Uniform"] * 4, *["Normal"] * 4, "fold_keys"]
+    steps = ["take_step"] * 6  # fp64, fp32 and all of 16 bits, with a tensor's noise and a key's
     for chip in ("sm_80", "sm_90a"):
         names = [name for name, target, *_ in found if target == chip]
-        assert len(names) == len(lookups) + len(streams), names
-        assert all(sum(kernel in name for name in names) == (lookups + streams).count(kernel) for kernel in lookups + streams)
+        expected = lookups + streams + steps
+        assert len(names) == len(expected), names
+        assert all(sum(kernel in name for name in names) == expected.count(kernel) for kernel in expected)
     for name, target, stack, stores, loads, registers in found:
         assert (stack, stores, loads) == ("0", "0", "0"), (name, target)
         assert int(registers) <= 128, (name, target)  # four blocks of a sweep share a multiprocessor

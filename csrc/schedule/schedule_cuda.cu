@@ -1,0 +1,21 @@
+// scheduler_step on NVIDIA GPUs in CUDA C++: memory and launches. The kernel is in schedule_simt.h.
+#include "schedule/step_problem.h"
+#include "simt/cuda.h"
+
+namespace mmgen_kernels::schedule {
+
+std::tuple<Tensor, Tensor, Tensor> scheduler_step_cuda(
+    const Tensor& input_0, const Optional& input_1, const Optional& input_2, const Optional& input_3, const Optional& input_4,
+    const Optional& uncond, const Optional& noise, const Optional& variance, const Tensor& coefficients, const Optional& index,
+    const Optional& key, int64_t step, int64_t guided, double guidance_scale, double guidance_rescale, std::optional<double> clamp,
+    std::optional<double> threshold, double, ScalarType dtype_0, OptionalType dtype_1, OptionalType dtype_2) {
+  if (threshold || (uncond && guidance_rescale != 0)) gpu::refuse_step("the CUDA C++ kernel has no number of a whole sample");
+  const simt::Device device(input_0);
+  return gpu::run_step({input_0, {&input_1, &input_2, &input_3, &input_4}, uncond, noise, variance, coefficients, index, key, step,
+                        guided, guidance_scale, clamp, {dtype_0, dtype_1, dtype_2}},
+                       [&]<class Real, void (*kernel)(const gpu::Step&, gpu::Factors<Real>&)>(const gpu::Step& p, int64_t blocks) {
+                         device.launch<gpu::Step, gpu::Factors<Real>, kernel>(p, blocks, 1, 1, gpu::threads);
+                       });
+}
+
+}  // namespace mmgen_kernels::schedule
