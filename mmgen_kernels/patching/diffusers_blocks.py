@@ -54,15 +54,16 @@ class BlockForward(Forward):
         kind = x.device.type
         if x.dtype not in DTYPES or kind not in ("cpu", "cuda") or getattr(module, "_chunk_size", None) is not None:
             return False
-        if not is_as_written(module):
+        autocast = torch.is_autocast_enabled(kind)
+        if (kind == "cpu" and not autocast and x.dtype not in HALVES and x.numel() < self.fewest) or not is_as_written(module):
             return False
         attentions, linears = present(module, self.attentions), present(module, self.others)
         linears += [linear for part in (*attentions, *present(module, self.feed_forwards)) for linear in linears_of(part)]
         if not all(is_run_by(attn, self.processor) for attn in attentions) or not all(is_plain(linear) for linear in linears):
             return False
-        if torch.is_autocast_enabled(kind):  # the residual keeps x's dtype here, and in stock with vectors of these
+        if autocast:  # the residual keeps x's dtype here, and in stock with vectors of these
             return x.dtype in (torch.float32, torch.get_autocast_dtype(kind))
-        return x.dtype == linears[0].weight.dtype and (kind != "cpu" or x.dtype in HALVES or x.numel() >= self.fewest)
+        return x.dtype == linears[0].weight.dtype
 
 
 def vectors_of(norm: Any, conditioning: Tensor, count: int) -> tuple[Tensor, ...]:
