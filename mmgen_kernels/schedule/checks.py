@@ -39,13 +39,13 @@ def check_coefficients(coefficients: Tensor, step: int | Tensor, inputs: Sequenc
     if not isinstance(coefficients, Tensor) or coefficients.dtype != torch.float64:
         got = coefficients.dtype if isinstance(coefficients, Tensor) else type(coefficients).__name__
         raise TypeError(f"coefficients must be a float64 tensor, got {got}")
-    like, columns = inputs[0], len(inputs) + 2
-    outputs = coefficients.shape[1] - 1 - learned if coefficients.dim() == 3 else 0
-    if coefficients.dim() != 3 or coefficients.shape[2] != columns or not 1 <= outputs <= MAX_OUTPUTS or coefficients.shape[0] < 1:
+    like, columns, shape = inputs[0], len(inputs) + 2, coefficients.shape
+    outputs = shape[1] - 1 - learned if len(shape) == 3 else 0
+    if len(shape) != 3 or shape[2] != columns or not 1 <= outputs <= MAX_OUTPUTS or shape[0] < 1:
         rows = "2 + outputs, with a variance" if learned else "1 + outputs"
         raise ValueError(
             f"coefficients must be (steps, {rows}, {columns}) with 1 to {MAX_OUTPUTS} outputs for {len(inputs)} inputs, "
-            f"got shape {tuple(coefficients.shape)}"
+            f"got shape {tuple(shape)}"
         )
     if isinstance(step, Tensor):
         if step.dtype != torch.int64:
@@ -57,9 +57,9 @@ def check_coefficients(coefficients: Tensor, step: int | Tensor, inputs: Sequenc
         check_device("coefficients", coefficients, "inputs[0]", like)
     elif not isinstance(step, (int, torch.SymInt)) or isinstance(step, bool):
         raise TypeError(f"step must be an int or an int64 tensor, got {type(step).__name__}")
-    elif not 0 <= step < coefficients.shape[0]:
-        raise ValueError(f"step must be in [0, {coefficients.shape[0]}), got {step}")
-    elif coefficients.device.type != "cpu":
+    elif not 0 <= step < shape[0]:
+        raise ValueError(f"step must be in [0, {shape[0]}), got {step}")
+    elif not coefficients.is_cpu:
         check_device("coefficients", coefficients, "inputs[0]", like)
     return outputs
 

@@ -221,6 +221,21 @@ def test_a_subclass_may_take_more_and_hand_on_the_rest():
     assert torch.equal(scheduler.alphas_cumprod, made("DDIMScheduler", beta_end=0.012).alphas_cumprod)
 
 
+@pytest.mark.parametrize("class_name", DEFAULTS)
+def test_inference_mode(class_name):
+    """Its tensors, the timesteps among them, do not count what is written into them."""
+
+    def run(scheduler):
+        return sampled(scheduler, generator=torch.Generator().manual_seed(3) if class_name in NOISY else None)
+
+    expected = run(made(class_name))
+    with torch.inference_mode():
+        scheduler = made(class_name)
+        found = run(scheduler)
+        again = sampled(scheduler, steps=5)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True)) and len(again) == 5
+
+
 def test_a_run_like_the_last_one_is_not_planned_again():
     scheduler = made("UniPCMultistepScheduler")
     first = sampled(scheduler, steps=6)

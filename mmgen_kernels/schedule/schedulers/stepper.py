@@ -67,14 +67,15 @@ class Stepper:
         self.tables: dict[Any, Table] = {}
         self.seen: tuple[Any, ...] = ()
         self.planned: tuple[Any, Schedule] | None = None
+        self.fetched: dict[int, tuple[Any, Any, tuple[Any, ...]]] = {}
         self.key: Tensor | None = None
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
     def table(self, scheduler: Any, begin: int = 0, alone: int | None = None, **run: Any) -> Table:
         """The plan of the run that the scheduler is set to; `alone`: of a single timestep that is not in it."""
-        levels = tuple(getattr(scheduler, name, None) for name in ("timesteps", "sigmas", "alphas_cumprod"))
-        seen = (*map(id, levels), *(v._version for v in levels if isinstance(v, Tensor)), id(scheduler.config))
+        levels = t, s, a = scheduler.timesteps, getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
+        seen = (id(t), id(s), id(a), version_of(t), version_of(s), version_of(a), id(scheduler.config))
         if seen != self.seen:  # set_timesteps, or somebody who changed its result
             planned = scheduler.config, self.schedule(levels, None)
             if self.planned is None or planned[0] is not self.planned[0] or planned[1] != self.planned[1]:
@@ -96,12 +97,18 @@ class Stepper:
             return {"num_inference_steps": scheduler.num_inference_steps or len(scheduler.timesteps)}
         return {"num_inference_steps": 1}
 
-    @staticmethod
-    def schedule(levels: tuple[Any, ...], alone: int | None) -> Schedule:
-        timesteps, sigmas, alphas = (None if v is None else tuple(torch.as_tensor(v).tolist()) for v in levels)
+    def schedule(self, levels: tuple[Any, ...], alone: int | None) -> Schedule:
+        timesteps, sigmas, alphas = (None if v is None else self.numbers(i, v) for i, v in enumerate(levels))
         assert timesteps is not None
         dtype = "float32" if levels[0].is_floating_point() else "int64"
         return Schedule(timesteps if alone is None else (float(alone),), dtype, sigmas, alphas)
+
+    def numbers(self, i: int, level: Any) -> tuple[Any, ...]:
+        """On the host; what a run leaves alone, as a thousand alphas_cumprod, is not fetched again."""
+        version, kept = version_of(level), self.fetched.get(i)
+        if kept is None or kept[0] is not level or kept[1] != version or version is None:
+            kept = self.fetched[i] = level, version, tuple(torch.as_tensor(level).tolist())
+        return kept[2]
 
     def place(self, scheduler: Any, timestep: Any) -> int:
         """Where in `timesteps` the argument of `step` stands. A view of them tells it without waiting for a device."""
@@ -167,6 +174,11 @@ class Stepper:
         if self.key is None or self.key.device != like.device:
             self.key = key_from(generator, like.device)
         return self.key if table.alone is None else fold_in(self.key, table.alone)
+
+
+def version_of(level: Any) -> int | None:
+    """Tells a tensor that was written from what it was; None where that is not known: no tensor, or one made in inference mode."""
+    return level._version if isinstance(level, Tensor) and not level.is_inference() else None
 
 
 def check_tensors(model_output: Any, sample: Any) -> None:
