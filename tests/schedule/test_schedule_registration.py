@@ -198,12 +198,14 @@ def test_inference_mode_checkpoint_and_second_derivative(implementation):
         slope.sum().backward()
 
 
-def test_dtypes_of_outputs(implementation):
-    x, m = (v.detach() for v in pair(2, 3, 8, dtype=BF16))
+@pytest.mark.parametrize("size", [8, 1031])  # less than a vector; more than a piece, and no whole number of vectors
+def test_dtypes_of_outputs(implementation, size):
+    x, m = (v.detach() for v in pair(2, 3, size, dtype=BF16))
     wide = mk.scheduler_step((x, m), TABLE, 1, dtypes=(FP32, FP32))
-    mixed = mk.scheduler_step((x, m), TABLE, 1, dtypes=(BF16, FP32))
-    assert [o.dtype for o in mixed] == [BF16, FP32]
-    assert_same(mixed, (wide[0].to(BF16), wide[1]))
+    for dtypes in ((BF16, FP32), (FP32, BF16), (torch.float16, FP32), (BF16, torch.float16)):
+        mixed = mk.scheduler_step((x, m), TABLE, 1, dtypes=dtypes)
+        assert [o.dtype for o in mixed] == list(dtypes)
+        assert_same(mixed, tuple(o.to(d) for o, d in zip(wide, dtypes, strict=True)))
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
