@@ -164,7 +164,7 @@ def add_noise(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes. Values never raise.
 
-    NaN: stays with its element; a t that is NaN spoils its sample.
+    NaN: stays with its element; a t that is NaN spoils its sample. What a share of 0 multiplies is not looked at.
 
     Source: Ho et al. 2020 (vp); Song et al. 2021 (vp in continuous time); Albergo and Vanden-Eijnden 2023, Ma et al. 2024 (linear,
         gvp); Karras et al. 2022 (edm); Salimans and Ho 2022 (v).

@@ -246,7 +246,7 @@ def add_noise(
         assert key is not None
         eps = philox.philox_normal(key, list(x0.shape), data.dtype)
     of_data, of_noise, *of_target = (w.to(data.dtype) for w in weights(t, table, path, target, x0.dim()))
-    x_t = (of_data * data + of_noise * eps).to(x0.dtype)
+    x_t = combined([of_data, of_noise], [data, eps]).to(x0.dtype)
     if target is None:
         return x_t, x0.new_empty(0)
     return x_t, combined(of_target, [data, eps]).to(x0.dtype)

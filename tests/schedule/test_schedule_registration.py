@@ -128,6 +128,13 @@ def test_noise_of_the_first_times_is_not_lost_in_16_bits(implementation):
     assert (x_t.double().std(1) / (1 - table[:2]).sqrt() - 1).abs().max() < 0.05
 
 
+def test_a_share_of_0_is_not_looked_at(implementation):
+    x0, nothing = torch.ones(2, 70), torch.full((2, 70), torch.nan)
+    x_t, _ = mk.add_noise(x0, nothing, torch.zeros(2), path="linear")
+    assert_same([x_t], [x0])
+    assert mk.add_noise(x0, nothing, torch.full((2,), 0.5), path="linear")[0].isnan().all()
+
+
 # -- torch.compile, torch.export, torch.func --------------------------------------------------------------------------
 
 
