@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,22 +27,6 @@ class Config(dict):
 
     def __reduce__(self) -> Any:
         return Config, (dict(self),)
-
-
-def keeps_config(init: Callable) -> Callable:
-    """A constructor whose arguments, given or not, become `self.config`."""
-    signature = inspect.signature(init)
-
-    @wraps(init)
-    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        values = dict(bound.arguments)
-        values.pop("self")
-        self.config = Config(values)
-        init(self, *args, **kwargs)
-
-    return constructor
 
 
 def taken_by(cls: type) -> set[str]:
