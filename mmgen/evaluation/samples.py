@@ -1,7 +1,7 @@
 """How good samples of a class-conditional model are, without a network that would have to be downloaded.
 
 Fidelity: a classifier, trained on data that the model never saw, finds the label that was asked for. Coverage: the Frechet distance
-of pixels. Originality: samples are not nearer to training images than other people's real images are.
+of pixels. Originality: samples are not nearer to training images than real images that were held out are.
 """
 
 from dataclasses import dataclass

@@ -44,7 +44,7 @@ def test_revert_to_the_bit():
 
 
 def test_families():
-    assert "no module here is known" in mk.patch(Block(), families="vq").report()
+    assert "no module or scheduler here is known" in mk.patch(Block(), families="vq").report()
     assert len(mk.patch(Block(), families="modulation").replaced) == 4
 
 

@@ -265,7 +265,7 @@ def test_classes_of_the_same_name_elsewhere():
     elsewhere = type("RMSNorm", (nn.Module,), {"__module__": "diffusers.pipelines.kolors.text_encoder"})
     foreign = type("AdaLayerNormZero", (nn.Module,), {"__module__": "other.models.normalization"})
     for kind in (elsewhere, foreign):
-        assert "no module here is known" in mk.patch(kind()).report()
+        assert "no module or scheduler here is known" in mk.patch(kind()).report()
 
 
 # -- verification -----------------------------------------------------------------------------------------------------
