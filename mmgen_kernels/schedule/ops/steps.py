@@ -1,4 +1,4 @@
-"""The public functions of the family: what they compute, what they check, their schemas and fakes."""
+"""A step of a sampler, guidance and noising."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from mmgen_kernels import backends, library
 from mmgen_kernels.checks import check_floats
 from mmgen_kernels.schedule import reference
-from mmgen_kernels.schedule.checks import (
+from mmgen_kernels.schedule.ops.checks import (
     FAMILY,
     check_alike,
     check_coefficients,

@@ -1,4 +1,4 @@
-"""The family in plain PyTorch: obviously right, on any device, in any float dtype; and the derivatives written out.
+"""A step of a sampler, guidance and noising in plain PyTorch, and the derivatives written out.
 
 16-bit inputs are computed in fp32, and every result is rounded once.
 """
