@@ -46,7 +46,7 @@ def facts(operator, configuration, dim, dtype, capability):
     options, found = PRESENT[configuration], []
     forward.modulate_tokens = Recorder(FORWARD, capability, found, describe)
     chip = divmod(capability, 10)
-    backward.chip = lambda device: chip
+    forward.chip = backward.chip = lambda device: chip
     backward.backward_chunks = Recorder(BACKWARD, capability, found, describe)
     sums.sum_chunks = Recorder(SUMS, capability, found, describe)
     dtype = getattr(torch, dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmgen_kernels.modulation.triton_kernels.tiles import (
     activation,
+    chip,
     dense,
     gate_value,
     is_wide,
@@ -58,6 +59,12 @@ def configuration(D: int) -> Configuration:
     rows = 1 << (min(32, max(1, 1536 // lanes)).bit_length() - 1)
     num_warps = min(16, max(4, triton.next_power_of_2(triton.cdiv(rows * lanes, 16 * 32))))
     return Configuration(tiles, rows, num_warps)
+
+
+def register_limit(c: Configuration, x: Tensor, alone: bool) -> dict[str, int]:
+    """ptxas (Triton 3.9) keeps an fp32 norm alone of two rows a program to 48 registers on sm_80 and spills 16 bytes, D = 768;
+    told of 64, with which 32 warps fit, it does not."""
+    return {"maxnreg": 64} if alone and c.rows == 2 and x.dtype == torch.float32 and chip(x.device) < (9, 0) else {}
 
 
 @triton.jit
@@ -215,7 +222,7 @@ def launch(
                 dense(weight), dense(bias), dense(post_weight), dense(table), residual, modulated, modulated_2 if two else None,
                 statistics, post_statistics, B * T, T, D, *two_floats(post_eps), *two_floats(eps),
                 GATE_FN=gate_fn, POST_NORM=post_norm, NORM=norm, KINDS=tuple(kind_of(v, T, by_row) for v in vectors),
-                WIDE=wide, **c.constants(), **c.options(),
+                WIDE=wide, **c.constants(), **c.options(), **register_limit(c, x, y is None),
             )  # fmt: skip
     return residual, modulated, modulated_2, statistics, post_statistics
 
