@@ -102,16 +102,14 @@ def test_milliseconds(ms, text):
 
 def test_report_goes_stale_and_is_renewed(committed, tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results: vq.headline -->\nold\n<!-- /results -->\nafter\n")
+    readme.write_text("before\n<!-- results: overview -->\nold\n<!-- /results -->\nafter\n")
     assert report.main(["--check"], tmp_path) == 1
     stale = capsys.readouterr().err
     assert "docs/performance.md is stale" in stale and "README.md is stale" in stale
     assert report.main([], tmp_path) == 0 and report.main(["--check"], tmp_path) == 0
     text = readme.read_text()
-    assert text.startswith("before\n<!-- results: vq.headline -->\nTest CPU") and text.endswith(
-        "<!-- /results -->\nafter\n"
-    )
-    assert "| 8 | 1.00 ms (0 wrong) | rival, 3.00 ms (2 wrong (25 %)) | 3x |" in text and "old" not in text
+    assert text.startswith("before\n<!-- results: overview -->\n|") and text.endswith("<!-- /results -->\nafter\n")
+    assert "| nearest code, exact | 1 | rival | 3.00x | 3.00x | 3.00x | test-cpu |" in text and "old" not in text
     results.save(committed, "vq", STAMP, {"lookup/8": record(ours=2.0)})
     assert report.main(["--check"], tmp_path) == 1
 
