@@ -1,0 +1,82 @@
+"""What the steps of several classes share: the row of a call, the step index, history, and the dtypes of results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmgen_kernels.schedule.schedulers.stepper import Stepper, Table, Unplanned
+
+FP32 = torch.float32
+
+
+def by_timestep(stepper: Stepper, s: Any, timestep: Any, **run: Any) -> tuple[Table, int]:
+    """Of a scheduler that counts no steps: the row of the timestep, or a table of that timestep alone."""
+    k = stepper.place(s, timestep)
+    if 0 <= k < len(s.timesteps):
+        return stepper.table(s, **run), k
+    if stepper.class_name != "DDIMScheduler" or not 0 <= int(timestep) < s.config["num_train_timesteps"]:
+        raise Unplanned(f"timestep must be one of the run's, got {timestep}")
+    return stepper.table(s, alone=int(timestep), **run), 0
+
+
+def require_timesteps(s: Any) -> None:
+    if s.num_inference_steps is None:
+        raise ValueError("num_inference_steps is None: call set_timesteps before step")
+
+
+def step_index(s: Any, timestep: Any) -> int:
+    if s.step_index is None:
+        s._init_step_index(timestep)
+    if not 0 <= s._step_index < len(s.timesteps):
+        raise Unplanned(f"step must be one of the run's {len(s.timesteps)}, got number {s._step_index}")
+    return s._step_index
+
+
+def refuse_indices(s: Any, timestep: Any) -> None:
+    if isinstance(timestep, int) or (isinstance(timestep, Tensor) and timestep.dtype in (torch.int32, torch.int64)):
+        raise ValueError(f"timestep must be one of scheduler.timesteps, not an index, got {timestep!r}")
+
+
+def first_two(
+    stepper: Stepper, table: Table, k: int, prediction: Tensor, sample: Tensor, noise: Tensor | None, variance: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(sample.dtype, prediction.dtype)
+    named = {"sample": sample, "model_output": prediction}
+    return tuple(stepper.run(table, k, named, dict.fromkeys(table.plan.outputs, dtype), noise, variance).values())
+
+
+def in_sigma_space(
+    stepper: Stepper, table: Table, k: int, prediction: Tensor, sample: Tensor, noise: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The sample in the model output's dtype, the data in fp32 at least."""
+    named = {"sample": sample, "model_output": prediction}
+    wide = torch.promote_types(FP32, prediction.dtype)
+    found = stepper.run(table, k, named, {"prev_sample": prediction.dtype, "pred_original_sample": wide}, noise)
+    return found["prev_sample"], found["pred_original_sample"]
+
+
+def with_history(stepper: Stepper, s: Any, k: int) -> tuple[Table, int]:
+    """The plan of a run that began where the scheduler's history does, and its row of step k."""
+    begin = k - s.lower_order_nums if s.lower_order_nums < s.config["solver_order"] else stepper_begin(stepper, s, k)
+    if begin < 0:
+        raise Unplanned(f"step {k} must have at most {k} steps before it, got a history of {s.lower_order_nums}")
+    return stepper.table(s, begin=begin), k - begin
+
+
+def stepper_begin(stepper: Stepper, s: Any, k: int) -> int:
+    """Of a full history any beginning that far back will do: the plan that is there already."""
+    stepper.table(s)  # drops what was planned for other timesteps
+    known = [asked[0] for asked in stepper.tables if asked[0] <= k - s.config["solver_order"]]
+    return max(known, default=max(k - s.config["solver_order"], 0))
+
+
+def history_of(s: Any) -> dict[str, Tensor | None]:
+    return {f"m{j}": m for j, m in enumerate(reversed(s.model_outputs), 1)}
+
+
+def remember(s: Any, m0: Tensor) -> None:
+    s.model_outputs = [*s.model_outputs[1:], m0]
+    s.lower_order_nums = min(s.lower_order_nums + 1, s.config["solver_order"])
