@@ -10,6 +10,7 @@ from mmgen_kernels.blocks.ops import adaln_attention, adaln_mlp, dit_block
 from mmgen_kernels.modulation.ops import adaln, gate_residual, gate_residual_adaln
 from mmgen_kernels.patching import patch
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
+from mmgen_kernels.schedule.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from mmgen_kernels.schedule.ops import add_noise, guidance, scheduler_step
 from mmgen_kernels.vq.ops import (
     CodeEntropy,
@@ -33,6 +34,7 @@ __all__ = [
     "AttentionOutput",
     "CodeEntropy",
     "CodeStatistics",
+    "GaussianDiffusion",
     "KMeansOutput",
     "RVQOutput",
     "VQOutput",
@@ -44,6 +46,7 @@ __all__ = [
     "backend_report",
     "code_entropy",
     "code_statistics",
+    "create_diffusion",
     "dit_block",
     "fold_in",
     "gate_residual",
