@@ -7,19 +7,24 @@ from mmgen_kernels.schedule.schedulers.classes import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
+from mmgen_kernels.schedule.schedulers.classes_cogvideox import CogVideoXDDIMScheduler
+from mmgen_kernels.schedule.schedulers.classes_flow import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
 __all__ = [
+    "CogVideoXDDIMScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchLCMScheduler",
     "LCMScheduler",
     "StepOutput",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
 ]

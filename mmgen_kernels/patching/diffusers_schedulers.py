@@ -29,10 +29,13 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "DDPMScheduler": ALPHAS,
     "DDIMScheduler": ALPHAS,
     "LCMScheduler": ALPHAS,
+    "TCDScheduler": ALPHAS,
+    "CogVideoXDDIMScheduler": ALPHAS,
     "EulerDiscreteScheduler": {"add_noise": noising.by_sigma, "get_velocity": noising.velocity},
     "EulerAncestralDiscreteScheduler": {"add_noise": noising.by_sigma},
     "DPMSolverMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "UniPCMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
+    "FlowMatchLCMScheduler": {},
     "FlowMatchEulerDiscreteScheduler": {},  # scale_noise has its arguments in another order
 }
 SPLIT = {name: split_return_dict(function) for name, (function, _) in STEPS.items()}
@@ -85,7 +88,8 @@ class Step(Method):
     def output(self) -> Callable[..., Any]:
         """diffusers' own class of what a step returns."""
         module = sys.modules[type_of(self.scheduler, self.class_name).__module__]
-        return getattr(module, self.class_name.removesuffix("Scheduler") + "SchedulerOutput", None) or module.SchedulerOutput
+        own = self.class_name.removesuffix("Scheduler") + "SchedulerOutput"
+        return next(getattr(module, n) for n in (own, "SchedulerOutput", "DDIMSchedulerOutput") if hasattr(module, n))
 
 
 class Noising(Method):

@@ -122,6 +122,25 @@ def lcm(rng):
     return config, late(rng, run, run["num_inference_steps"])
 
 
+def tcd(rng):
+    """Clipping stands in its config and is read by no step."""
+    config, run = lcm(rng)
+    return config, run | {"eta": rng.choice((0.0, 0.3, 0.3, 0.8, 1.0))}
+
+
+def cogvideox_ddim(rng):
+    config = training(rng) | spaced(rng) | {"set_alpha_to_one": rng.random() < 0.5, "clip_sample": rng.random() < 0.5}
+    config = visible(config | {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))})
+    run = steps(rng)
+    return config | {"snr_shift_scale": rng.choice((1.0, 3.0, 0.7))}, late(rng, run, run["num_inference_steps"])
+
+
+def flow_match_lcm(rng):
+    config, run = flow_match(rng)
+    del config["stochastic_sampling"]
+    return config, run
+
+
 def flow_match(rng):
     config = {"num_train_timesteps": rng.choice((100, 1000)), "invert_sigmas": rng.random() < 0.2}
     config |= respacing(rng) if rng.random() < 0.6 else {}
@@ -137,6 +156,8 @@ def flow_match(rng):
     if rng.random() < 0.3:
         config["use_dynamic_shifting"] = True
         run["mu"] = rng.uniform(0.3, 2)
+    elif rng.random() < 0.3:
+        run["shift"] = rng.choice((1.0, 2.0))
     return config, late(rng, run, run.get("num_inference_steps", 6))
 
 
@@ -207,4 +228,7 @@ RANDOM = {
     "UniPCMultistepScheduler": unipc,
     "FlowMatchEulerDiscreteScheduler": flow_match,
     "LCMScheduler": lcm,
+    "TCDScheduler": tcd,
+    "CogVideoXDDIMScheduler": cogvideox_ddim,
+    "FlowMatchLCMScheduler": flow_match_lcm,
 }

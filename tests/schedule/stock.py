@@ -29,6 +29,8 @@ def prepared(class_name, config, run):
         arguments["sigmas"] = np.array(arguments["sigmas"])  # a list is what UniPC cannot shift
     if run.get("strength", 1.0) != 1.0:
         arguments["strength"] = run["strength"]
+    if "shift" in run:
+        scheduler.set_shift(run["shift"])
     scheduler.set_timesteps(**arguments)
     for name in LEVELS:
         if isinstance(getattr(scheduler, name, None), torch.Tensor):

@@ -13,11 +13,14 @@ SPACE = {
     "DDPMScheduler": VP,
     "DDIMScheduler": VP,
     "LCMScheduler": VP,
+    "TCDScheduler": VP,
+    "CogVideoXDDIMScheduler": VP,
     "EulerDiscreteScheduler": EDM,
     "EulerAncestralDiscreteScheduler": EDM,
     "DPMSolverMultistepScheduler": VP,
     "UniPCMultistepScheduler": VP,
     "FlowMatchEulerDiscreteScheduler": FLOW,
+    "FlowMatchLCMScheduler": FLOW,
 }
 
 
@@ -73,6 +76,7 @@ VPS = ("epsilon", "sample", "v_prediction")
 UNCLIPPED = {"clip_sample": False}
 DETERMINISTIC = [
     *(("DDIMScheduler", UNCLIPPED | {"prediction_type": kind, "num_train_timesteps": 700}) for kind in VPS),
+    *(("CogVideoXDDIMScheduler", {"prediction_type": kind, "num_train_timesteps": 700}) for kind in VPS),
     *(("EulerDiscreteScheduler", {"prediction_type": kind, "use_karras_sigmas": True}) for kind in VPS),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
@@ -114,6 +118,7 @@ STOCHASTIC = [
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, {}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "solver_type": "heun"}, {}),
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
+    ("FlowMatchLCMScheduler", {"shift": 3.0}, {}),
 ]
 
 

@@ -21,7 +21,13 @@ FP32, BF16 = torch.float32, torch.bfloat16
 OF_STEP = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
-NOISY = ("DDPMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler")  # whose bf16 normals are other normals
+NOISY = (
+    "DDPMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "FlowMatchLCMScheduler",
+    "EulerAncestralDiscreteScheduler",
+)  # whose bf16 normals are other normals
 
 
 def made(class_name, **config):
@@ -30,6 +36,8 @@ def made(class_name, **config):
 
 def set_run(scheduler, run):
     taken = inspect.signature(scheduler.set_timesteps).parameters
+    if "shift" in run:
+        scheduler.set_shift(run["shift"])
     scheduler.set_timesteps(**{n: v for n, v in run.items() if n in taken})
 
 

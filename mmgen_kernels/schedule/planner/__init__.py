@@ -17,7 +17,19 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from mmgen_kernels.schedule.planner import ddim, ddpm, dpmsolver, euler, euler_ancestral, flow_match, lcm, unipc
+from mmgen_kernels.schedule.planner import (
+    cogvideox_ddim,
+    ddim,
+    ddpm,
+    dpmsolver,
+    euler,
+    euler_ancestral,
+    flow_match,
+    flow_match_lcm,
+    lcm,
+    tcd,
+    unipc,
+)
 from mmgen_kernels.schedule.planner.contract import Config, Plan, Run, Schedule
 from mmgen_kernels.schedule.planner.defaults import DEFAULTS
 
@@ -30,7 +42,10 @@ CLASSES: dict[str, ModuleType] = {
     "EulerAncestralDiscreteScheduler": euler_ancestral,
     "DPMSolverMultistepScheduler": dpmsolver,
     "UniPCMultistepScheduler": unipc,
+    "CogVideoXDDIMScheduler": cogvideox_ddim,
     "FlowMatchEulerDiscreteScheduler": flow_match,
+    "FlowMatchLCMScheduler": flow_match_lcm,
+    "TCDScheduler": tcd,
     "LCMScheduler": lcm,
 }
 

@@ -21,32 +21,33 @@ LEAST_ALPHA = 2.0**-24  # classes in sigma space put this where a zero terminal 
 
 def alphas_cumprod(config: Config, schedules: tuple[str, ...] = SCHEDULES, terminal: float | None = None) -> Tensor:
     """fp32 (num_train_timesteps,). `terminal` replaces the last entry where the betas are rescaled for a zero terminal SNR."""
-    betas = _betas(config, schedules)
-    if config["rescale_betas_zero_snr"]:
+    betas, rescaled = of_config(config, schedules), config.get("rescale_betas_zero_snr", False)
+    if rescaled:
         betas = _zero_terminal_snr(betas)
     product = torch.cumprod(1.0 - betas, dim=0)
-    if config["rescale_betas_zero_snr"] and terminal is not None:
+    if rescaled and terminal is not None:
         product[-1] = terminal
     return product
 
 
-def _betas(config: Config, schedules: tuple[str, ...]) -> Tensor:
+def of_config(config: Config, schedules: tuple[str, ...] = SCHEDULES, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Betas, (num_train_timesteps,). `dtype` is that of "linear" and "scaled_linear"."""
     if config["trained_betas"] is not None:
         return torch.as_tensor(config["trained_betas"], dtype=torch.float32, device="cpu")
     kind, start, end, n = (config[key] for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps"))
     if kind not in schedules:
         raise ValueError(f"beta_schedule must be one of {', '.join(schedules)}, got {kind!r}")
     if kind == "linear":
-        return _linspace(start, end, n)
+        return _linspace(start, end, n, dtype)
     if kind == "scaled_linear":
-        return _linspace(start**0.5, end**0.5, n) ** 2
+        return _linspace(start**0.5, end**0.5, n, dtype) ** 2
     if kind == "sigmoid":
         return torch.sigmoid(_linspace(-6, 6, n)) * (end - start) + start
     return _of_signal(_cosine if kind == "squaredcos_cap_v2" else _laplace, n)
 
 
-def _linspace(start: float, end: float, n: int) -> Tensor:
-    return torch.linspace(start, end, n, dtype=torch.float32, device="cpu")
+def _linspace(start: float, end: float, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.linspace(start, end, n, dtype=dtype, device="cpu")
 
 
 def _of_signal(signal: Callable[[float], float], n: int, greatest: float = 0.999) -> Tensor:
@@ -65,9 +66,11 @@ def _laplace(t: float) -> float:
 
 
 def _zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Lin et al. 2023, algorithm 1: sqrt(alphas_cumprod) shifted to end in 0 and scaled to start where it did."""
-    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
-    first, last = root[0].clone(), root[-1].clone()
-    root = (root - last) * (first / (first - last))
-    power = root**2
+    power = zero_terminal(torch.cumprod(1.0 - betas, dim=0).sqrt())
     return 1 - torch.cat([power[:1], power[1:] / power[:-1]])
+
+
+def zero_terminal(root: Tensor) -> Tensor:
+    """alphas_cumprod of their roots. Lin et al. 2023, algorithm 1: shifted to end in 0 and scaled to start where they did."""
+    first, last = root[0].clone(), root[-1].clone()
+    return ((root - last) * (first / (first - last))) ** 2

@@ -21,10 +21,11 @@ class Run:
         num_inference_steps: how many steps, where neither `timesteps` nor `sigmas` lists them.
         timesteps, sigmas: the caller's own list. EulerDiscreteScheduler's `sigmas` include the last level, the others' do not.
         mu: the shift of `use_dynamic_shifting`.
+        shift: of the flows' `set_shift`, in place of the config's once the training levels are made.
         begin: index of the first step that runs (image to image). A solver with history starts there without history.
-        eta, use_clipped_model_output: DDIM's.
+        eta, use_clipped_model_output: DDIM's; eta: TCD's too, where diffusers' default is 0.3.
         s_churn, s_tmin, s_tmax, s_noise: EulerDiscreteScheduler's. FlowMatchEulerDiscreteScheduler takes them and reads none.
-        original_inference_steps, strength: LCM's.
+        original_inference_steps, strength: LCM's and TCD's.
         per_token_timesteps: FlowMatchEulerDiscreteScheduler's; one level per token is no row of a table, so any raises.
     """
 
@@ -32,6 +33,7 @@ class Run:
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
     mu: float | None = None
+    shift: float | None = None
     begin: int = 0
     eta: float = 0.0
     use_clipped_model_output: bool = False
@@ -53,7 +55,7 @@ class Schedule:
         timesteps: one per step, whole numbers where `timestep_dtype` is "int64", rounded to fp32 where it is "float32".
         timestep_dtype: "int64" or "float32", the dtype of the stock scheduler's `timesteps`.
         sigmas: one level per step and the last one (classes in sigma space), else None. Values of fp32.
-        alphas_cumprod: one per training timestep (DDPM, DDIM, LCM), else None. Values of fp32.
+        alphas_cumprod: one per training timestep (classes by whole timesteps), else None. Values of fp32, CogVideoX's of fp64.
         init_noise_sigma: what the initial noise is multiplied by.
     """
 

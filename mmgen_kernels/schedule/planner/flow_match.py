@@ -20,7 +20,7 @@ from mmgen_kernels.schedule.planner.contract import Config, Plan, Run, Schedule
 from mmgen_kernels.schedule.planner.forms import MODEL_OUTPUT, NOISE, SAMPLE, matrix
 from mmgen_kernels.schedule.planner.spacing import linspace
 
-TAKES = ("num_inference_steps", "timesteps", "sigmas", "mu", "begin", "s_churn", "s_tmin", "s_tmax", "s_noise")
+TAKES = ("num_inference_steps", "timesteps", "sigmas", "mu", "shift", "begin", "s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
 def schedule(config: Config, run: Run) -> Schedule:
@@ -63,7 +63,7 @@ def _shifted(config: Config, run: Run, sigmas: Tensor) -> Tensor:
             raise ValueError("mu must be given where use_dynamic_shifting is set, got None")
         sigmas = shift.dynamic(sigmas, config["time_shift_type"], run.mu)
     else:
-        sigmas = shift.by_factor(sigmas, config["shift"])
+        sigmas = shift.by_factor(sigmas, config["shift"] if run.shift is None else run.shift)
     return shift.to_terminal(sigmas, config["shift_terminal"]) if config["shift_terminal"] else sigmas
 
 

@@ -27,26 +27,38 @@ SIGMA_DATA = 0.5
 
 
 def schedule(config: Config, run: Run) -> Schedule:
+    return schedule_from(config, run, candidates(config, run))
+
+
+def schedule_from(config: Config, run: Run, candidates: list[int]) -> Schedule:
+    """The run's own timesteps, or some of the candidates, which ascend."""
     one_list(run)
     alphas = betas.alphas_cumprod(config).tolist()
     if run.timesteps is not None:
         timesteps = descending(run.timesteps)
         timesteps = timesteps[max(len(timesteps) - min(int(len(timesteps) * run.strength), len(timesteps)), 0) :]
     else:
-        timesteps = _picked(config, run, run.num_inference_steps or 0)
+        timesteps = _picked(config, run, candidates[::-1])
     check_timesteps(timesteps, len(alphas))
     return Schedule(tuple(timesteps), "int64", alphas_cumprod=tuple(alphas))
 
 
-def _picked(config: Config, run: Run, steps: int) -> list[int]:
+def candidates(config: Config, run: Run) -> list[int]:
+    """The timesteps of the distillation, ascending."""
     n = config["num_train_timesteps"]
     original = run.original_inference_steps or config["original_inference_steps"]
     if original > n:
         raise ValueError(f"original_inference_steps must be at most num_train_timesteps {n}, got {original}")
-    candidates = [i * (n // original) - 1 for i in range(1, int(original * run.strength) + 1)][::-1]
-    if steps > len(candidates) or steps > original:
-        raise ValueError(f"num_inference_steps must be at most original_inference_steps x strength {len(candidates)}, got {steps}")
-    return [candidates[math.floor(i)] for i in spacing.linspace(0, len(candidates), steps, endpoint=False)]
+    return [i * (n // original) - 1 for i in range(1, int(original * run.strength) + 1)]
+
+
+def _picked(config: Config, run: Run, descending: list[int]) -> list[int]:
+    steps, original = run.num_inference_steps or 0, run.original_inference_steps or config["original_inference_steps"]
+    if steps > min(len(descending), original):
+        raise ValueError(
+            f"num_inference_steps must be at most original_inference_steps x strength {min(len(descending), original)}, got {steps}"
+        )
+    return [descending[math.floor(i)] for i in spacing.linspace(0, len(descending), steps, endpoint=False)]
 
 
 def plan(config: Config, run: Run, levels: Schedule) -> Plan:

@@ -19,6 +19,8 @@ from mmgen_kernels.schedule.schedulers.noise import NOISES
 from mmgen_kernels.schedule.schedulers.stepper import Stepper
 from mmgen_kernels.schedule.schedulers.steps import STEPS
 
+Device = torch.device | str | None
+
 
 class StepOutput(OrderedDict):
     """What a step returns: by name, as attribute or by number."""
@@ -185,8 +187,11 @@ class VariancePreserving(Diffusion):
         return sample
 
     def set_training_levels(self) -> None:
-        self.alphas_cumprod = betas.alphas_cumprod(self.config, tuple(self.schedules))
+        self.alphas_cumprod = self.levels_of_training()
         self.timesteps = torch.arange(len(self) - 1, -1, -1)
+
+    def levels_of_training(self) -> Tensor:
+        return betas.alphas_cumprod(self.config, tuple(self.schedules))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(a) original_samples + sqrt(1 - a) noise with a = alphas_cumprod[timesteps], (B,)."""

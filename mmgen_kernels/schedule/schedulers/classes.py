@@ -6,15 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmgen_kernels.schedule.planner import ddpm
 from mmgen_kernels.schedule.planner.sigmas import start
 from mmgen_kernels.schedule.schedulers import noising
-from mmgen_kernels.schedule.schedulers.base import Multistep, Scheduler, SigmaSpace, VariancePreserving
-
-Device = torch.device | str | None
+from mmgen_kernels.schedule.schedulers.base import Device, Multistep, SigmaSpace, VariancePreserving
 
 
 class DDPMScheduler(VariancePreserving):
@@ -42,8 +39,8 @@ class DDIMScheduler(VariancePreserving):
         self.set_run(device, num_inference_steps=num_inference_steps)
 
 
-class LCMScheduler(VariancePreserving):
-    """Luo et al. 2023, Latent Consistency Models."""
+class Consistency(VariancePreserving):
+    """What the two consistency samplers share: a run is picked from the steps of the distillation."""
 
     def set_timesteps(
         self,
@@ -56,6 +53,14 @@ class LCMScheduler(VariancePreserving):
         """The run: so many of the distillation's steps, or the timesteps themselves, descending."""
         run = {"original_inference_steps": original_inference_steps, "timesteps": timesteps, "strength": strength}
         self.set_run(device, num_inference_steps=num_inference_steps, **run)
+
+
+class LCMScheduler(Consistency):
+    """Luo et al. 2023, Latent Consistency Models."""
+
+
+class TCDScheduler(Consistency):
+    """Zheng et al. 2024, Trajectory Consistency Distillation."""
 
 
 class Euler(SigmaSpace):
@@ -143,33 +148,3 @@ class UniPCMultistepScheduler(Multistep):
     ) -> None:
         """The run: so many steps, or the levels of a flow; mu is the shift of `use_dynamic_shifting`."""
         self.set_run(device, num_inference_steps=num_inference_steps if sigmas is None else None, sigmas=sigmas, mu=mu)
-
-
-class FlowMatchEulerDiscreteScheduler(Scheduler):
-    """Euler's method for flows: Lipman et al. 2023; Esser et al. 2024 (shifted levels)."""
-
-    def set_training_levels(self) -> None:
-        levels = torch.arange(len(self), 0, -1, dtype=torch.float32) / len(self)
-        if not self.config["use_dynamic_shifting"]:
-            shift = self.config["shift"]
-            levels = shift * levels / (1 + (shift - 1) * levels)
-        self.timesteps, self.sigmas = levels * len(self), levels
-
-    @property
-    def shift(self) -> float:
-        return self.config["shift"]
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | None = None,
-    ) -> None:
-        """The run: so many steps, or levels without the last one, or timesteps; mu is the shift of `use_dynamic_shifting`."""
-        self.set_run(device, num_inference_steps=num_inference_steps, sigmas=sigmas, mu=mu, timesteps=timesteps)
-
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """(1 - sigma) sample + sigma noise at the levels of `timestep`, (B,)."""
-        return noising.by_flow(self, sample, noise, timestep)

@@ -20,6 +20,8 @@ from mmgen_kernels.schedule.planner import Plan, Run, Schedule
 from mmgen_kernels.schedule.reference import INPUTS
 from mmgen_kernels.schedule.schedulers.noise import Generators, key_from, randn
 
+ANY_TIMESTEP = ("DDIMScheduler", "CogVideoXDDIMScheduler")  # may step from timesteps that are not in the run
+
 
 class Unplanned(ValueError):
     """A call that no plan serves; the message names what it was."""
@@ -93,7 +95,7 @@ class Stepper:
         return self.tables[asked]
 
     def length(self, scheduler: Any, alone: int | None) -> dict[str, Any]:
-        if self.class_name == "DDIMScheduler" or alone is None:
+        if self.class_name in ANY_TIMESTEP or alone is None:
             return {"num_inference_steps": scheduler.num_inference_steps or len(scheduler.timesteps)}
         return {"num_inference_steps": 1}
 

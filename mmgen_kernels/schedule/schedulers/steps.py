@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmgen_kernels.schedule.schedulers.noise import Generators
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned, check_tensors, of_channels
+from mmgen_kernels.schedule.schedulers.steps_cogvideox import cogvideox_ddim
+from mmgen_kernels.schedule.schedulers.steps_flow import flow_match_lcm
 from mmgen_kernels.schedule.schedulers.steps_shared import (
     FP32,
     by_timestep,
@@ -62,11 +64,25 @@ def ddim(
 def lcm(
     stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None
 ) -> tuple[Tensor, ...]:
+    return consistency(stepper, s, model_output, timestep, sample, generator)
+
+
+def tcd(
+    stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor, eta: float = 0.3, generator: Generators = None
+) -> tuple[Tensor, ...]:
+    return consistency(stepper, s, model_output, timestep, sample, generator, eta=float(eta))
+
+
+def consistency(
+    stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators, **run: Any
+) -> tuple[Tensor, ...]:
+    """A step of a class by timesteps that counts them."""
     check_tensors(model_output, sample)
+    require_timesteps(s)
     k = step_index(s, timestep)
     if stepper.place(s, timestep) != k:
         raise Unplanned(f"timestep must be that of step {k}, got {timestep}")
-    table = stepper.table(s)
+    table = stepper.table(s, **run)
     prediction, _ = of_channels(table.plan, model_output, sample)
     dtype = torch.promote_types(sample.dtype, prediction.dtype)
     noise = stepper.draw(table, prediction, generator, dtype) if table.plan.draws_noise[k] else None
@@ -193,5 +209,8 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "DPMSolverMultistepScheduler": (dpm_solver, ("prev_sample",)),
     "UniPCMultistepScheduler": (unipc, ("prev_sample",)),
     "FlowMatchEulerDiscreteScheduler": (flow_match_euler, ("prev_sample",)),
+    "FlowMatchLCMScheduler": (flow_match_lcm, ("prev_sample",)),
     "LCMScheduler": (lcm, ("prev_sample", "denoised")),
+    "TCDScheduler": (tcd, ("prev_sample", "pred_noised_sample")),
+    "CogVideoXDDIMScheduler": (cogvideox_ddim, ("prev_sample", "pred_original_sample")),
 }

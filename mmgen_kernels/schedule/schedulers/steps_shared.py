@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmgen_kernels.schedule.schedulers.stepper import Stepper, Table, Unplanned
+from mmgen_kernels.schedule.schedulers.stepper import ANY_TIMESTEP, Stepper, Table, Unplanned
 
 FP32 = torch.float32
 
@@ -17,7 +17,7 @@ def by_timestep(stepper: Stepper, s: Any, timestep: Any, **run: Any) -> tuple[Ta
     k = stepper.place(s, timestep)
     if 0 <= k < len(s.timesteps):
         return stepper.table(s, **run), k
-    if stepper.class_name != "DDIMScheduler" or not 0 <= int(timestep) < s.config["num_train_timesteps"]:
+    if stepper.class_name not in ANY_TIMESTEP or not 0 <= int(timestep) < s.config["num_train_timesteps"]:
         raise Unplanned(f"timestep must be one of the run's, got {timestep}")
     return stepper.table(s, alone=int(timestep), **run), 0
 

@@ -1,0 +1,74 @@
+"""What is particular to single classes of mk.schedulers, beside what test_schedulers.py asks of all."""
+
+import pytest
+import torch
+from plan_executor import image
+from test_schedulers import made
+
+from mmgen_kernels.battery.vq.vector_quantize import same_bits
+
+SHAPE = (2, 3, 4, 6)
+
+
+def test_cogvideox_ddim_takes_any_timestep():
+    scheduler = made("CogVideoXDDIMScheduler")
+    with pytest.raises(ValueError, match="call set_timesteps before step"):
+        scheduler.step(torch.zeros(1, 2), 555, torch.zeros(1, 2))
+    scheduler.set_timesteps(10)
+    x = image(3, (1, 2, 3)).float()
+    one = scheduler.step(torch.tanh(x), 555, x).prev_sample
+    a, b = scheduler.alphas_cumprod[[555, 455]]
+    clean = (x - (1 - a).sqrt() * torch.tanh(x)) / a.sqrt()
+    torch.testing.assert_close(one.double(), b.sqrt() * clean + (1 - b).sqrt() * torch.tanh(x).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", ("torch", "philox"))
+@pytest.mark.parametrize("mode", ("bicubic", "nearest"))
+def test_a_flow_is_resized_between_data_and_noise(noise, mode):
+    """Each step's data by its factor of the first size, and the last step's as they come."""
+    scheduler = type(made("FlowMatchLCMScheduler")).from_config({"scale_factors": [1.0, 2.0, 1.5]}, noise=noise)
+    scheduler.set_timesteps(4)
+    scheduler.set_scale_factors([1.0, 2.0, 1.5], mode)
+    x, sizes = image(1, SHAPE).float(), [(4, 6), (8, 12), (6, 9), (6, 9)]
+    for k, (t, size) in enumerate(zip(scheduler.timesteps, sizes, strict=True)):
+        output, (s, to) = torch.tanh(x), scheduler.sigmas[k : k + 2].tolist()
+        found = scheduler.step(output, t, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        data = torch.nn.functional.interpolate(x - s * output, size=size, mode=mode) if k < 3 else x - s * output
+        assert found.shape == (2, 3, *size)
+        if noise == "torch":
+            drawn = torch.randn(data.shape, generator=torch.Generator().manual_seed(k))
+            torch.testing.assert_close(found, (1 - to) * data + to * drawn, rtol=1e-5, atol=1e-5)
+        elif to > 0.1:
+            assert 0.5 < float((found - (1 - to) * data).std()) / to < 1.6
+        x = found
+    scheduler.set_scale_factors([2.0], "bicubic")
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="scale_factors must be one for each of 4 steps but the last, got 1"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+
+
+def test_a_shift_that_is_set_serves_the_next_run():
+    scheduler, other = made("FlowMatchLCMScheduler"), made("FlowMatchLCMScheduler", shift=3.0)
+    scheduler.set_shift(3.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.1])
+    other.set_timesteps(sigmas=[1.0, 0.5, 0.1])
+    assert scheduler.shift == 3.0 and scheduler.config.shift == 1.0
+    assert torch.equal(scheduler.sigmas, other.sigmas) and scheduler.sigma_max == 1.0
+
+
+@pytest.mark.parametrize("eta", (0.0, 0.5))
+def test_tcd_lands_between_two_timesteps(eta):
+    scheduler = made("TCDScheduler")
+    scheduler.set_timesteps(4)
+    (t, following), x = scheduler.timesteps[:2].tolist(), image(2, SHAPE).float()
+    output, drawn = torch.tanh(x), torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    found = scheduler.step(output, t, x, eta=eta, generator=torch.Generator().manual_seed(3))
+    a, b, c = scheduler.alphas_cumprod[[t, following, int((1 - eta) * following)]].double()
+    x64, output64 = x.double(), output.double()
+    between = c.sqrt() * (x64 - (1 - a).sqrt() * output64) / a.sqrt() + (1 - c).sqrt() * output64
+    expected = (b / c).sqrt() * between + (1 - b / c).sqrt() * drawn
+    torch.testing.assert_close(found.pred_noised_sample.double(), between, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.prev_sample.double(), expected, rtol=1e-5, atol=1e-5)
+    assert same_bits(found.prev_sample, found.pred_noised_sample) == (eta == 0)
+    with pytest.raises(ValueError, match="eta must be between 0 and 1, got 1.5"):
+        scheduler.step(output, scheduler.timesteps[1], x, eta=1.5)
