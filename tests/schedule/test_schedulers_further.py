@@ -70,5 +70,5 @@ def test_tcd_lands_between_two_timesteps(eta):
     torch.testing.assert_close(found.pred_noised_sample.double(), between, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.prev_sample.double(), expected, rtol=1e-5, atol=1e-5)
     assert same_bits(found.prev_sample, found.pred_noised_sample) == (eta == 0)
-    with pytest.raises(ValueError, match="eta must be between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"eta must be between 0 and 1, got 1\.5"):
         scheduler.step(output, scheduler.timesteps[1], x, eta=1.5)
