@@ -105,7 +105,7 @@ def with_options(section: Any, options: dict[str, Any]) -> Any:
 
 def experiment(options: argparse.Namespace) -> Experiment:
     """The dataset's preset with the given options written over it."""
-    preset = presets.folder(options.path) if options.dataset == "folder" else getattr(presets, options.dataset)()
+    preset = presets.folder(options.path) if options.dataset == "folder" else getattr(presets, options.dataset.replace("-", "_"))()
     data, model, training = (with_options(part, vars(options)) for part in (preset.data, preset.model, preset.training))
     return Experiment(data, model, training)
 

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 
 from mmgen.data import DataConfig
 from mmgen.diffusion import ObjectiveConfig
-from mmgen.models import DiTConfig, VQVAEConfig
-from mmgen.training import DiTTrainingConfig, VQVAETrainingConfig
+from mmgen.diffusion.codes import AbsorbingConfig
+from mmgen.models import CodeDiffusionConfig, CodeTransformerConfig, DiTConfig, VQVAEConfig
+from mmgen.training import CodeTrainingConfig, DiTTrainingConfig, VQVAETrainingConfig
 
 
 class Settings:
@@ -41,6 +42,11 @@ class Experiment(Settings):
 def photographs() -> Experiment:
     """64 x 64 crops, 256 tokens each, 2048 per step: two cores train it to recognisable pictures in a minute or two."""
     return Experiment(DataConfig("photographs"), VQVAEConfig(), VQVAETrainingConfig())
+
+
+def unseen_photographs() -> Experiment:
+    """The tokenizer of `codes`: few codes, so that nine photographs tell how they follow each other; whole photographs held out."""
+    return Experiment(DataConfig("unseen-photographs"), VQVAEConfig(codebook_size=512), VQVAETrainingConfig(steps=600))
 
 
 def folder(path: str) -> Experiment:
@@ -83,3 +89,27 @@ def digits_dit() -> DiTExperiment:
         input_size=8, in_channels=1, patch_size=2, hidden_size=128, depth=4, num_heads=4, num_classes=10, learn_sigma=False
     )
     return DiTExperiment(model, ObjectiveConfig(), DiTTrainingConfig())
+
+
+@dataclass(frozen=True)
+class CodeExperiment(Settings):
+    """A model of a tokenizer's codes; here a causal one."""
+
+    data: DataConfig
+    tokenizer: VQVAEConfig
+    model: CodeTransformerConfig
+    training: CodeTrainingConfig
+
+
+@dataclass(frozen=True)
+class CodeDiffusionExperiment(CodeExperiment):
+    model: CodeDiffusionConfig
+    process: AbsorbingConfig
+
+
+def codes(kind: str, data: DataConfig, tokenizer: VQVAEConfig) -> CodeExperiment:
+    """0.98 M parameters of either kind: the causal one has wider MLPs for what the other spends on its time."""
+    shape = {"num_codes": tokenizer.codebook_size, "grid_size": data.image_size // tokenizer.downsampling}
+    if kind == "causal":
+        return CodeExperiment(data, tokenizer, CodeTransformerConfig(**shape, mlp_ratio=4.4375), CodeTrainingConfig())
+    return CodeDiffusionExperiment(data, tokenizer, CodeDiffusionConfig(**shape), CodeTrainingConfig(), AbsorbingConfig())

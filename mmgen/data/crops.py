@@ -110,3 +110,23 @@ class MiddleCrops(Images):
         top = slack * (i % self.rows) // (self.rows - 1) if self.rows > 1 else slack // 2
         left = middle(picture.shape[2], self.crop)
         return to_float(picture[:, top : top + self.crop, left : left + self.crop])
+
+
+class Tiles(Images):
+    """All crops of a grid over each picture, row by row; what is left over at its borders is halved between its sides."""
+
+    def __init__(self, pictures: Pictures, crop: int):
+        self.pictures, self.crop = pictures, crop
+        self.places = [(i, top, left) for i in range(len(pictures)) for top, left in self.grid(pictures[i])]
+
+    def grid(self, picture: Tensor) -> list[tuple[int, int]]:
+        """Top and left of each crop."""
+        tops, lefts = (range(side % self.crop // 2, side - self.crop + 1, self.crop) for side in picture.shape[1:])
+        return [(top, left) for top in tops for left in lefts]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Tensor:
+        picture, top, left = self.places[i]
+        return to_float(self.pictures[picture][:, top : top + self.crop, left : left + self.crop])

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmgen.data.crops import Images, MiddleCrops, Pictures, RandomCrops, to_float
+from mmgen.data.crops import Images, MiddleCrops, Pictures, RandomCrops, Tiles, to_float
 
 # One of the stereo pair only: the right view shows what is held out of the left one.
 PHOTOGRAPHS = {
@@ -23,6 +23,7 @@ PHOTOGRAPHS = {
     "sklearn": ("datasets/images", "china.jpg flower.jpg"),
 }
 PHOTOGRAPH_SIDE = 4  # short side of a photograph in crops: a crop shows a face or a wheel rather than a texture
+UNSEEN = 4  # every fourth photograph: coffee, the left motorcycle, the flower
 FOLDER_SIDE = 2
 HELD_OUT_SHARE = 10  # of a folder, every tenth picture
 LABELLED_HELD_OUT = 3
@@ -68,6 +69,19 @@ def photographs(config: DataConfig, seed: int) -> Data:
         held_out=MiddleCrops(pictures, config.image_size, rows=PHOTOGRAPH_SIDE),
         gallery=[to_float(pictures[i]) for i in (0, 2)],
         gallery_note=f"Whole photographs, of which only the middle {config.image_size} columns were held out.",
+    )
+
+
+def unseen_photographs(config: DataConfig, seed: int) -> Data:
+    """The same photographs; three of the twelve are held out whole, cut into tiles."""
+    paths, side = photograph_paths(), PHOTOGRAPH_SIDE * config.image_size
+    held_out = Pictures(paths[UNSEEN - 1 :: UNSEEN], side)
+    trained_on = Pictures([path for path in paths if path not in held_out.paths], side)
+    return Data(
+        train=RandomCrops(trained_on, config.image_size, seed=seed),
+        held_out=Tiles(held_out, config.image_size),
+        gallery=[to_float(held_out[i]) for i in range(len(held_out))],
+        gallery_note="Whole held-out photographs.",
     )
 
 
@@ -173,4 +187,4 @@ def digits(config: DataConfig, seed: int) -> Data:
     )
 
 
-DATASETS = {"photographs": photographs, "digits": digits, "folder": folder}
+DATASETS = {"photographs": photographs, "unseen-photographs": unseen_photographs, "digits": digits, "folder": folder}

@@ -3,14 +3,14 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from mmgen.data import labelled_digits, load
-from mmgen.models import VQVAE, DiT
-from mmgen.presets import DiTExperiment, Experiment
-from mmgen.training import DiTTrainer, Trainer, VQVAETrainer
+from mmgen.models import VQVAE, CodeDiffusion, CodeTransformer, DiT, VQVAEConfig
+from mmgen.presets import CodeDiffusionExperiment, CodeExperiment, DiTExperiment, Experiment
+from mmgen.training import CausalCodeTrainer, CodeDiffusionTrainer, CodeTrainer, DiTTrainer, Trainer, VQVAETrainer, checkpoint
 
 
 def trainer(experiment: Experiment, folder: Path, device: torch.device) -> VQVAETrainer:
@@ -50,6 +50,46 @@ def train_dit(experiment: DiTExperiment, folder: Path, *, device: torch.device, 
     if not resume:
         start_over(folder)
     return finished(dit_trainer(experiment, folder, device))
+
+
+def read_tokenizer(folder: Path, option: str) -> tuple[VQVAE, dict]:
+    """The tokenizer that a run has trained last, and the settings of the run."""
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None:
+        raise FileNotFoundError(f"{option} must be a folder that train has written to, got {str(folder)!r}")
+    saved = checkpoint.read_config(last)
+    if "codebook_size" not in saved["model"]:
+        raise ValueError(f"{option} must hold a VQ-VAE, got {str(folder)!r}, which holds another model")
+    tokenizer = VQVAE(VQVAEConfig(**saved["model"] | {"channels": tuple(saved["model"]["channels"])}))
+    tokenizer.load_state_dict(checkpoint.read_weights(last))
+    return tokenizer, saved
+
+
+def code_trainer(experiment: CodeExperiment, tokenizer: Path, folder: Path, device: torch.device) -> CodeTrainer:
+    """`tokenizer` is the folder of its run; the new one keeps a copy of the weights, to draw pictures without the other."""
+    vqvae, _ = read_tokenizer(tokenizer, "--tokenizer")
+    data = load(experiment.data, experiment.training.seed)
+    torch.manual_seed(experiment.training.seed)
+    options: dict[str, Any] = {"settings": experiment.settings, "device": device}
+    run: CodeTrainer
+    if isinstance(experiment, CodeDiffusionExperiment):
+        model = CodeDiffusion(experiment.model)
+        run = CodeDiffusionTrainer(model, vqvae, data, experiment.training, folder, process=experiment.process, **options)
+    else:
+        run = CausalCodeTrainer(CodeTransformer(experiment.model), vqvae, data, experiment.training, folder, **options)
+    last = checkpoint.latest(tokenizer / "checkpoints")
+    if last is not None:
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        shutil.copytree(last, folder / "tokenizer" / "checkpoints" / last.name)
+    return run
+
+
+def train_codes(
+    experiment: CodeExperiment, tokenizer: Path, folder: Path, *, device: torch.device, resume: bool = True
+) -> CodeTrainer:
+    if not resume:
+        start_over(folder)
+    return finished(code_trainer(experiment, tokenizer, folder, device))
 
 
 RUN = TypeVar("RUN", bound=Trainer)

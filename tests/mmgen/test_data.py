@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmgen.data import DataConfig, StepSampler, load
-from mmgen.data.crops import MiddleCrops, Pictures, RandomCrops
+from mmgen.data.crops import MiddleCrops, Pictures, RandomCrops, Tiles
 
 CROP = 16
 
@@ -45,7 +45,23 @@ def test_middle_crops_reach_from_top_to_bottom(columns):
     assert rows == [0, 16, 32, 48]
 
 
-@pytest.mark.parametrize("dataset", ["photographs", "digits"])
+def test_tiles_cover_a_picture_once(columns):
+    tiles = Tiles(columns, CROP)
+    places = [tuple(((tile[:2, 0, 0] + 1) * 127.5).round().int().tolist()) for tile in tiles]  # column, row
+    assert places == [(left, top) for top in (0, 16, 32, 48) for left in range(4, 196, 16)]
+    assert len(tiles) == 48 and {tuple(tile.shape) for tile in tiles} == {(3, CROP, CROP)}
+
+
+def test_unseen_photographs_are_of_other_files():
+    data = load(DataConfig("unseen-photographs", image_size=CROP), seed=0)
+    trained_on, held_out = data.train.pictures.paths, data.held_out.pictures.paths
+    assert [path.name for path in held_out] == ["coffee.png", "motorcycle_left.png", "flower.jpg"]
+    assert len(trained_on) == 9 and not set(trained_on) & set(held_out)
+    assert not data.train.hold_out_middle
+    assert len(data.gallery) == 3
+
+
+@pytest.mark.parametrize("dataset", ["photographs", "unseen-photographs", "digits"])
 def test_an_item_is_the_same_whoever_asks(dataset):
     config = DataConfig(dataset, image_size=CROP)
     here, there = load(config, seed=3).train, load(config, seed=3).train
@@ -119,7 +135,7 @@ def test_a_broken_image_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "imagenet"}, "--dataset must be one of photographs, digits, folder, got 'imagenet'"),
+        ({"dataset": "imagenet"}, "--dataset must be one of photographs, unseen-photographs, digits, folder, got 'imagenet'"),
         ({"dataset": "folder"}, "--dataset folder needs --path DIR"),
         ({"dataset": "digits", "path": "x"}, "--path is read by --dataset folder only"),
         ({"image_size": 0}, "--image-size must be at least 1, got 0"),

@@ -1,0 +1,104 @@
+"""Diffusion over codes that hides them one after the other (absorbing state), its bound on -log p, and pictures drawn by it.
+
+After step t of S each code is hidden with probability t / S. Backwards, step t shows a hidden place with probability 1 / t, with
+a code that the model draws for it. So a step costs 1 / t of the nats by which the model misses the hidden codes, and
+
+    -log p(x) <= sum_t 1/t E[ sum over hidden places of -log p_model(code | what is seen, t) ]
+
+which is what is trained on, and the price at which `sample` with S steps gives x.
+
+Source: Austin et al., Structured Denoising Diffusion Models in Discrete State-Spaces, 2021; Sahoo et al., Simple and Effective
+Masked Diffusion Language Models, 2024, for the sum as a weighted cross-entropy and for times spread evenly over a batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmgen_kernels as mk
+from mmgen.models.code_transformer import choice
+
+TIME, HIDDEN = 0, 1  # streams of a batch's key
+SHOWN, CODES = 0, 1  # streams of a sample's key at a step
+TIMES_TOLD = 1000  # to the model, from all seen to all hidden
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AbsorbingConfig:
+    num_timesteps: int = 256  # S
+
+    def __post_init__(self):
+        if self.num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be at least 1, got {self.num_timesteps}")
+
+
+class Absorbing:
+    """The process: what it hides, and the bound that a model of it gives."""
+
+    def __init__(self, config: AbsorbingConfig, num_codes: int):
+        self.num_timesteps, self.num_codes = config.num_timesteps, num_codes
+
+    def times(self, batch_size: int, key: Tensor) -> Tensor:
+        """(B,), each uniform on 1 ... S, all together spread evenly, which makes the sum of a batch vary less."""
+        even = torch.arange(batch_size, device=key.device) / batch_size
+        u = (mk.philox_uniform((1,), key, dtype=torch.float64) + even) % 1  # (B,)
+        return 1 + (u * self.num_timesteps).long()
+
+    def hidden(self, shape: torch.Size, t: Tensor, key: Tensor) -> Tensor:
+        """Which codes step t hides, bool (B, T)."""
+        return mk.philox_uniform(shape, key, dtype=torch.float64) < (t.double() / self.num_timesteps)[:, None]
+
+    def nats(self, model: Model, codes: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
+        """What these times (B,) and these hidden places (B, T) say of the bound on -log p of pictures (B, T); (B,).
+
+        Its mean over times and places is the bound.
+        """
+        steps = self.num_timesteps
+        logits = model(codes.masked_fill(hidden, self.num_codes), t * TIMES_TOLD / steps)  # (B, T, K)
+        missed = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")  # (B, T)
+        return steps / t.to(missed.dtype) * (missed * hidden).sum(dim=1)
+
+    def draw_nats(self, model: Model, codes: Tensor, key: Tensor) -> Tensor:
+        """`nats` at times and places that the key (2,) draws."""
+        t = self.times(len(codes), mk.fold_in(key, TIME))
+        return self.nats(model, codes, t, self.hidden(codes.shape, t, mk.fold_in(key, HIDDEN)))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Model,
+        start: Tensor,
+        num_inference_steps: int,
+        *,
+        key: Tensor,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> Tensor:
+        """Pictures (B, T) from `start` (B, T), in which `num_codes` stands for what is to be drawn.
+
+        With S steps, temperature 1 and all codes this is the distribution that the bound is of. Fewer steps draw more codes at
+        once, each without knowing of the others.
+
+        Args:
+            key: int64 (B, 2), one for each picture.
+            temperature: divides the logits; 0 takes the likeliest code.
+            top_k: only so many likeliest codes may come; None: all.
+
+        Raises:
+            ValueError: temperature is negative, top_k not between 1 and K, or there is no step.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        x = start
+        for left in range(num_inference_steps, 0, -1):
+            keys = mk.fold_in(key, left)  # (B, 2)
+            t = torch.full((len(x),), TIMES_TOLD * left / num_inference_steps, device=x.device)
+            logits = model(x, t)  # (B, T, K)
+            shown = mk.philox_uniform(x.shape, mk.fold_in(keys, SHOWN), dtype=torch.float64) < 1 / left
+            codes = choice(logits, mk.fold_in(keys, CODES), temperature, top_k)  # (B, T)
+            x = torch.where(shown & (x == self.num_codes), codes, x)
+        return x

@@ -1,0 +1,172 @@
+"""The process against a brute force that knows nothing of it but how codes are hidden: all states, all steps, Bayes' rule."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import mmgen_kernels as mk
+from mmgen.diffusion.codes import Absorbing, AbsorbingConfig
+
+K, T, S = 3, 3, 4  # codes, places, steps
+HIDDEN = K
+STATES = list(itertools.product(range(K + 1), repeat=T))  # of a picture, hidden places among them
+INDEX = {state: i for i, state in enumerate(STATES)}
+PICTURES = [state for state in STATES if HIDDEN not in state]
+SAID = torch.randn(len(STATES), S + 1, T, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.5
+
+
+def model(codes: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Knows what it says of each state at each step by heart; (B, T, K)."""
+    rows = [INDEX[tuple(state)] for state in codes.tolist()]
+    return SAID[rows, (t * S / 1000).round().long()]
+
+
+def process() -> Absorbing:
+    return Absorbing(AbsorbingConfig(num_timesteps=S), K)
+
+
+def step_matrix(t: int) -> torch.Tensor:
+    """q(x_t = column | x_{t-1} = row) of one place, (K + 1, K + 1): so that t / S are hidden after t steps."""
+    hides = 1 / (S - t + 1)
+    matrix = (1 - hides) * torch.eye(K + 1, dtype=torch.float64)
+    matrix[:, HIDDEN] += hides
+    return matrix
+
+
+UNTIL = [torch.linalg.multi_dot([torch.eye(K + 1, dtype=torch.float64)] * 2 + [step_matrix(i) for i in range(1, t + 1)])
+         for t in range(S + 1)]  # fmt: skip
+
+
+def posterior(t: int) -> torch.Tensor:
+    """q(x_{t-1} | x_t, x_0) of one place by Bayes' rule, indexed [x_0, x_t, x_{t-1}]."""
+    joint = UNTIL[t - 1][:, None, :] * step_matrix(t).T[None]  # (K + 1, K + 1, K + 1)
+    return torch.nan_to_num(joint / joint.sum(dim=2, keepdim=True))
+
+
+def backwards(t: int) -> torch.Tensor:
+    """p(x_{t-1} = column | x_t = row) of whole states: at each place the posterior, averaged over what the model says of x_0."""
+    of_place = posterior(t)[:K]  # (K, K + 1, K + 1)
+    rows = []
+    for i, state in enumerate(STATES):
+        said = SAID[i, t].softmax(dim=1)  # (T, K)
+        places = [
+            torch.einsum("k,kp->p", said[j], of_place[:, state[j]]) if state[j] == HIDDEN else of_place[state[j], state[j]]
+            for j in range(T)
+        ]
+        rows.append(torch.einsum("a,b,c->abc", *places).flatten())
+    return torch.stack(rows)
+
+
+def likelihoods() -> torch.Tensor:
+    """p(x_0) of all states: the chain run backwards from all hidden."""
+    p = torch.zeros(len(STATES), dtype=torch.float64)
+    p[INDEX[(HIDDEN,) * T]] = 1
+    for t in range(S, 0, -1):
+        p = p @ backwards(t)
+    return p
+
+
+def brute_bound(picture: tuple[int, ...]) -> float:
+    """sum over t of E_q KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), the last step's being -log p(x_0 | x_1)."""
+    total = 0.0
+    for t in range(1, S + 1):
+        of_place, p = posterior(t), backwards(t)
+        for i, state in enumerate(STATES):
+            weight = math.prod(UNTIL[t][picture[j], state[j]].item() for j in range(T))
+            if weight:
+                q = torch.einsum("a,b,c->abc", *(of_place[picture[j], state[j]] for j in range(T))).flatten()
+                total += weight * torch.special.xlogy(q, q / p[i].clamp(min=1e-300)).sum().item()
+    return total
+
+
+def enumerated_bound(picture: tuple[int, ...]) -> float:
+    """The mean of what `nats` says over all times and all hidden places."""
+    total, absorbing = 0.0, process()
+    for t in range(1, S + 1):
+        for hidden in itertools.product((False, True), repeat=T):
+            weight = math.prod(t / S if h else 1 - t / S for h in hidden) / S
+            said = absorbing.nats(model, torch.tensor([picture]), torch.tensor([t]), torch.tensor([hidden]))
+            total += weight * said.item()
+    return total
+
+
+def keys(n: int, seed: int = 0) -> torch.Tensor:
+    return mk.fold_in(torch.tensor([seed, 0]), torch.arange(n))
+
+
+@pytest.mark.parametrize("picture", [(0, 0, 0), (2, 1, 0), (1, 1, 2)])
+def test_the_bound_is_the_sum_of_divergences_over_all_steps(picture):
+    assert enumerated_bound(picture) == pytest.approx(brute_bound(picture), rel=1e-9)
+
+
+def test_the_chain_is_a_distribution_and_no_likelihood_exceeds_the_bound():
+    p = likelihoods()
+    assert p[[INDEX[x] for x in PICTURES]].sum().item() == pytest.approx(1, abs=1e-12)
+    gaps = [enumerated_bound(x) + math.log(p[INDEX[x]].item()) for x in PICTURES]
+    assert min(gaps) > 0 and max(gaps) > 0.1
+
+
+def test_a_model_that_needs_no_order_meets_its_likelihood():
+    """Where codes are independent and the model knows their shares, the bound is -log p itself."""
+    shares = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    absorbing = process()
+    hidden = torch.tensor(list(itertools.product((False, True), repeat=T)))  # (8, T)
+    for picture in PICTURES:
+        codes, total = torch.tensor([picture]).expand(8, T), 0.0
+        for t in range(1, S + 1):
+            weight = torch.where(hidden, t / S, 1 - t / S).double().prod(dim=1) / S  # (8,)
+            said = absorbing.nats(lambda x, t: shares.log().expand(8, T, K), codes, torch.full((8,), t), hidden)
+            total += (weight * said).sum().item()
+        assert total == pytest.approx(-sum(math.log(shares[j, x].item()) for j, x in enumerate(picture)), rel=1e-9)
+
+
+def test_drawn_times_and_places_find_the_bound():
+    absorbing, picture = process(), (2, 1, 0)
+    codes = torch.tensor([picture]).expand(50, T)
+    means = torch.stack([absorbing.draw_nats(model, codes, key).mean() for key in keys(200)])  # (200,)
+    error = means.std() / 200**0.5
+    assert abs(means.mean() - brute_bound(picture)) < 4 * error
+    assert error < 0.02 * brute_bound(picture)
+
+
+def test_each_time_comes_as_often_and_batches_spread_them():
+    absorbing = process()
+    times = torch.stack([absorbing.times(6, key) for key in keys(4000)])  # (4000, 6)
+    for place in range(6):
+        assert (torch.bincount(times[:, place], minlength=S + 1)[1:] / 4000 - 1 / S).abs().max() < 0.03
+    assert times.min() == 1 and times.max() == S
+    counts = torch.nn.functional.one_hot(times - 1, S).sum(dim=1)  # (4000, S)
+    assert counts.min() == 1 and counts.max() == 2  # of six times each of four comes once or twice
+
+
+def test_pictures_are_drawn_as_often_as_the_chain_gives_them():
+    draws = 6000
+    start = torch.full((draws, T), HIDDEN)
+    drawn = process().sample(model, start, S, key=keys(draws))
+    counts = torch.zeros(len(STATES))
+    for state in drawn.tolist():
+        counts[INDEX[tuple(state)]] += 1
+    wanted = likelihoods()
+    at = [INDEX[x] for x in PICTURES]
+    assert counts[at].sum() == draws
+    chi_squared = ((counts[at] - draws * wanted[at]) ** 2 / (draws * wanted[at])).sum()
+    assert chi_squared < 26 + 5 * math.sqrt(52)  # mean and deviation of 26 degrees of freedom
+    assert ((counts[at] - draws / 27) ** 2 / (draws / 27)).sum() > 500
+
+
+def test_what_is_given_stays_and_what_is_hidden_is_drawn_by_its_own_key():
+    start = torch.tensor([[1, HIDDEN, HIDDEN]]).expand(40, T)
+    drawn = process().sample(model, start, 2, key=keys(40))
+    assert drawn[:, 0].eq(1).all() and drawn.max() < HIDDEN and len(drawn.unique(dim=0)) > 3
+    assert torch.equal(process().sample(model, start[7:9], 2, key=keys(40)[7:9]), drawn[7:9])
+    sure = process().sample(model, start, 1, key=keys(40), temperature=0.0)
+    assert torch.equal(sure[:, 1:], SAID[INDEX[(1, HIDDEN, HIDDEN)], S, 1:].argmax(dim=1).expand(40, 2))
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
+        process().sample(model, torch.zeros(1, T, dtype=torch.int64), 0, key=keys(1))
+    with pytest.raises(ValueError, match="num_timesteps must be at least 1, got 0"):
+        AbsorbingConfig(num_timesteps=0)
