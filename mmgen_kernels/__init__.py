@@ -11,7 +11,16 @@ from mmgen_kernels.modulation.ops import adaln, gate_residual, gate_residual_ada
 from mmgen_kernels.patching import patch
 from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, philox_uniform
 from mmgen_kernels.schedule.gaussian_diffusion import GaussianDiffusion, create_diffusion
-from mmgen_kernels.schedule.ops import add_noise, guidance, scheduler_step
+from mmgen_kernels.schedule.ops import (
+    HybridLoss,
+    add_noise,
+    diffusion_loss,
+    guidance,
+    hybrid_loss,
+    loss_weight,
+    scheduler_step,
+)
+from mmgen_kernels.schedule.planner.hybrid import hybrid_table
 from mmgen_kernels.vq.ops import (
     CodeEntropy,
     CodeStatistics,
@@ -35,6 +44,7 @@ __all__ = [
     "CodeEntropy",
     "CodeStatistics",
     "GaussianDiffusion",
+    "HybridLoss",
     "KMeansOutput",
     "RVQOutput",
     "VQOutput",
@@ -47,14 +57,18 @@ __all__ = [
     "code_entropy",
     "code_statistics",
     "create_diffusion",
+    "diffusion_loss",
     "dit_block",
     "fold_in",
     "gate_residual",
     "gate_residual_adaln",
     "gather_codes",
     "guidance",
+    "hybrid_loss",
+    "hybrid_table",
     "joint_attention",
     "kmeans",
+    "loss_weight",
     "nearest_code",
     "nn",
     "patch",

@@ -1,5 +1,5 @@
-"""Cases of scheduler_step, guidance and add_noise, and of their backwards."""
+"""Cases of the family's operators and of their backwards."""
 
-from mmgen_kernels.battery.schedule import add_noise, guidance, scheduler_step
+from mmgen_kernels.battery.schedule import add_noise, diffusion_loss, guidance, hybrid_loss, scheduler_step
 
-CASES = [*scheduler_step.CASES, *guidance.CASES, *add_noise.CASES]
+CASES = [*scheduler_step.CASES, *guidance.CASES, *add_noise.CASES, *diffusion_loss.CASES, *hybrid_loss.CASES]

@@ -28,8 +28,8 @@ FEW = ((FP32,), (BF16,))
 class Subject:
     """An operator's arguments, the call, and the formula in whatever dtype the arguments have.
 
-    `shared` are arguments of the whole batch: a sample alone has them as they are. `normals` are those that a key among the
-    arguments stands for, by the implementation in force; the formula finds them as `z`.
+    `shared` are arguments of the whole batch: a sample alone has them as they are. `constant` ones have no gradient. `normals`
+    are those that a key among the arguments stands for, by the implementation in force; the formula finds them as `z`.
     """
 
     arguments: Callable[[torch.device, Dtypes], Tensors]
@@ -38,17 +38,20 @@ class Subject:
     normals: Callable[[Tensors], Tensor] | None = None
     shared: tuple[str, ...] = ()
     by_sample: bool = True  # not so where one key serves the whole batch
+    constant: tuple[str, ...] = ()
 
 
 def floats(t: Tensors) -> Tensors:
     return {n: v for n, v in t.items() if v.is_floating_point() and n not in ("coefficients", "table", "t")}
 
 
-def run(function: Callable[[Tensors], tuple[Tensor, ...]], t: Tensors, upstream: list[Tensor] | None) -> list[Tensor]:
-    """Outputs or, given the gradients of those, the gradients of every float tensor but tables and times."""
+def run(
+    function: Callable[[Tensors], tuple[Tensor, ...]], t: Tensors, upstream: list[Tensor] | None, constant: tuple[str, ...] = ()
+) -> list[Tensor]:
+    """Outputs or, given the gradients of those, the gradients of every float tensor but tables, times and constants."""
     if upstream is None:
         return list(function(t))
-    leaves = {n: v.detach().requires_grad_() for n, v in floats(t).items()}
+    leaves = {n: v.detach().requires_grad_() for n, v in floats(t).items() if n not in constant}
     pairs = [(o, g.to(o)) for o, g in zip(function(t | leaves), upstream, strict=True) if o.requires_grad]
     outs, grads = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outs, list(leaves.values()), grads, materialize_grads=True))
@@ -68,7 +71,8 @@ def prepared(subject: Subject, gradients: bool) -> Callable[[torch.device, Dtype
             """By fp64, and by plain PyTorch in the inputs' dtype."""
             def by(t: Tensors) -> list[Tensor]:
                 dtype = next(iter(floats(t).values())).dtype
-                return run(lambda given: subject.formula(given | {n: v.to(dtype) for n, v in z.items()}), t, upstream)
+                formula = lambda given: subject.formula(given | {n: v.to(dtype) for n, v in z.items()})  # noqa: E731
+                return run(formula, t, upstream, subject.constant)
 
             return [by(exact), by(on_cpu)]
 
@@ -76,12 +80,12 @@ def prepared(subject: Subject, gradients: bool) -> Callable[[torch.device, Dtype
         sent = None if upstream is None else [g.to(device) for g in upstream]
 
         def once(t: Tensors = t, sent: list[Tensor] | None = sent) -> list[Tensor]:
-            return run(subject.call, t, sent)
+            return run(subject.call, t, sent, subject.constant)
 
         def judge() -> Outcome:
             results, worst, failures = once(), 0.0, []
             truth, plain = found or expected({"z": subject.normals(t).cpu()})  # type: ignore[misc]
-            names = list(floats(t)) if gradients else [f"output {i}" for i in range(len(truth))]
+            names = [n for n in floats(t) if n not in subject.constant] if gradients else [f"output {i}" for i in range(len(truth))]
             for name, result, bar, exact_result in zip(names, results, plain, truth, strict=True):
                 error, failure = tolerance.failure(name, result, bar.to(result.dtype), exact_result)
                 worst = max(worst, error)

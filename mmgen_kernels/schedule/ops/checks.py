@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmgen_kernels.checks import check_choice, check_device, check_dtype, check_floats, check_number
+from mmgen_kernels.checks import check_choice, check_device, check_dtype, check_floats, check_integers, check_number
 from mmgen_kernels.philox.ops import checked_key
-from mmgen_kernels.schedule.reference import INPUTS
+from mmgen_kernels.schedule.reference import COLUMNS, INPUTS
 
 FAMILY = "schedule"
 MAX_OUTPUTS = 3
@@ -139,3 +139,54 @@ def check_times(t: Tensor, table: Tensor | None, x0: Tensor, path: str, target: 
         raise ValueError(f"target 'v' is of paths that keep the variance, vp and gvp, got path {path!r}")
     if target == "flow" and path == "vp" and table is not None:
         raise ValueError("target 'flow' is a derivative by time, which an index into a table has not: give vp a float t")
+
+
+def check_positive(name: str, value: float) -> None:
+    check_finite(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_of_samples(name: str, values: Tensor, like: Tensor) -> Tensor:
+    """A float per sample, as (B,)."""
+    check_floats(name, values)
+    shape, B = tuple(values.shape), like.shape[0]
+    if not shape or shape[0] != B or any(n != 1 for n in shape[1:]):
+        raise ValueError(f"{name} must be ({B},) or ({B}, 1, ...), a number per sample, got shape {shape}")
+    check_device(name, values, "output", like)
+    return values if len(shape) == 1 else values.reshape(B)
+
+
+def check_mask(mask: Tensor, like: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.dim() != like.dim() or any(n not in (1, of) for n, of in zip(mask.shape, like.shape, strict=True)):
+        shapes = f"{tuple(mask.shape)} for {tuple(like.shape)}"
+        raise ValueError(f"mask must have output's dimensions, each of output's size or 1, got shape {shapes}")
+    check_device("mask", mask, "output", like)
+
+
+def check_hybrid(output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> None:
+    check_floats("x0", x0)
+    if x0.dim() < 2:
+        raise ValueError(f"x0 must be (B, C, ...), got shape {tuple(x0.shape)}")
+    check_alike("noise", noise, "x0", x0)
+    B, C, *rest = x0.shape
+    if tuple(output.shape) not in ((B, 2 * C, *rest), (B, C, *rest)):
+        sizes = ", ".join(map(str, rest))
+        raise ValueError(
+            f"output must be ({B}, {2 * C}, {sizes}), a prediction and a variance, or ({B}, {C}, {sizes}), for x0 of shape "
+            f"{tuple(x0.shape)}, got shape {tuple(output.shape)}"
+        )
+    check_device("output", output, "x0", x0)
+    for name, tensor in (("x0", x0), ("noise", noise)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} has no derivative here: detach it, or take diffusion_loss of the target")
+    check_integers("t", t, "x0", x0)
+    if tuple(t.shape) != (B,):
+        raise ValueError(f"t must be one timestep per sample ({B},), got shape {tuple(t.shape)}")
+    if not isinstance(table, Tensor) or table.dtype != torch.float64:
+        raise TypeError(f"table must be a float64 tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+    if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != COLUMNS:
+        raise ValueError(f"table must be (T, {COLUMNS}) with T >= 1, as hybrid_table makes it, got shape {tuple(table.shape)}")
+    check_device("table", table, "x0", x0)

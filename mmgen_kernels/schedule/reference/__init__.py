@@ -1,5 +1,12 @@
 """The family in plain PyTorch: the oracle of the tests, the fallback on any device, the baseline of the benchmarks."""
 
+from mmgen_kernels.schedule.reference.losses import (
+    COLUMNS,
+    diffusion_loss,
+    diffusion_loss_backward,
+    hybrid_loss,
+    hybrid_loss_backward,
+)
 from mmgen_kernels.schedule.reference.steps import (
     FASTEST,
     INPUTS,
@@ -13,13 +20,18 @@ from mmgen_kernels.schedule.reference.steps import (
 )
 
 __all__ = [
+    "COLUMNS",
     "FASTEST",
     "INPUTS",
     "SLOWEST",
     "add_noise",
     "add_noise_backward",
+    "diffusion_loss",
+    "diffusion_loss_backward",
     "guidance",
     "guidance_backward",
+    "hybrid_loss",
+    "hybrid_loss_backward",
     "scheduler_step",
     "scheduler_step_backward",
 ]
