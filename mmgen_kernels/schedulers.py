@@ -2,6 +2,7 @@
 
 from mmgen_kernels.schedule.schedulers.base import StepOutput
 from mmgen_kernels.schedule.schedulers.classes import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -13,17 +14,26 @@ from mmgen_kernels.schedule.schedulers.classes import (
 )
 from mmgen_kernels.schedule.schedulers.classes_cogvideox import CogVideoXDDIMScheduler
 from mmgen_kernels.schedule.schedulers.classes_flow import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from mmgen_kernels.schedule.schedulers.classes_sigma import (
+    CMStochasticIterativeScheduler,
+    EDMEulerScheduler,
+    LMSDiscreteScheduler,
+)
 
 __all__ = [
+    "CMStochasticIterativeScheduler",
     "CogVideoXDDIMScheduler",
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchLCMScheduler",
     "LCMScheduler",
+    "LMSDiscreteScheduler",
     "StepOutput",
     "TCDScheduler",
     "UniPCMultistepScheduler",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmgen_kernels.patching.rule import descends_from
 from mmgen_kernels.schedule.planner import DEFAULTS
 from mmgen_kernels.schedule.schedulers import noising
-from mmgen_kernels.schedule.schedulers.base import split_return_dict
+from mmgen_kernels.schedule.schedulers.base import signature_of_step, split_return_dict
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned
 from mmgen_kernels.schedule.schedulers.steps import STEPS
 
@@ -36,6 +36,10 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "DPMSolverMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "UniPCMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "FlowMatchLCMScheduler": {},
+    "LMSDiscreteScheduler": {"add_noise": noising.by_sigma},
+    "EDMEulerScheduler": {"add_noise": noising.by_sigma},
+    "CMStochasticIterativeScheduler": {"add_noise": noising.by_sigma},
+    "DDIMInverseScheduler": {},  # which noises nothing
     "FlowMatchEulerDiscreteScheduler": {},  # scale_noise has its arguments in another order
 }
 SPLIT = {name: split_return_dict(function) for name, (function, _) in STEPS.items()}
@@ -135,10 +139,7 @@ def reasons_against(scheduler: Any, verify: bool) -> list[str]:
         if getattr(type(scheduler), m, None) is not getattr(stock, m, None)
     ]
     reasons = [f"{type(scheduler).__name__} overrides {name}.{method}" for method in changed]
-    if list(inspect.signature(stock.step).parameters)[1:] != [
-        *list(inspect.signature(STEPS[name][0]).parameters)[2:],
-        "return_dict",
-    ]:
+    if list(inspect.signature(stock.step).parameters) != list(signature_of_step(STEPS[name][0]).parameters):
         reasons.append(f"{name}.step takes other arguments than that of the diffusers we know")
     if "step" in vars(scheduler):
         reasons.append("its step was already replaced on the instance")

@@ -171,6 +171,9 @@ CONFIGS = [
     {"timestep_spacing": "trailing"},
     {"variance_type": "learned_range"},
     {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    {"set_alpha_to_one": False},
+    {"sigma_schedule": "exponential"},
+    {"clip_denoised": False},
 ]
 CASES = [(name, config) for name in DEFAULTS for config in CONFIGS if set(config) <= set(DEFAULTS[name])]
 

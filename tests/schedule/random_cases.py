@@ -219,7 +219,59 @@ def unipc(rng):
     return config, late(rng, run, run.get("num_inference_steps", 6))
 
 
+def ddim_inverse(rng):
+    config = training(rng) | {"timestep_spacing": rng.choice(("leading", "trailing")), "steps_offset": rng.choice((0, 0, 1))}
+    config |= {"clip_sample": rng.random() < 0.5, "clip_sample_range": rng.choice((0.5, 1.0, 2.0))}
+    config |= {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))}
+    # a model of x0 says nothing of the noise in a sample that has none
+    config["set_alpha_to_one"] = config["prediction_type"] != "sample" and rng.random() < 0.5
+    run = steps(rng)
+    return config, late(rng, run, run["num_inference_steps"])
+
+
+def sigma_space(rng):
+    """What LMS, Heun and KDPM2 share."""
+    config = training(rng) | spaced(rng) | respacing(rng)
+    del config["rescale_betas_zero_snr"]
+    return config
+
+
+def lms(rng):
+    config = sigma_space(rng) | {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))}
+    run = steps(rng) | {"order": rng.choice((1, 2, 3, 4, 4))}
+    return config, late(rng, run, run["num_inference_steps"])
+
+
+def edm(rng):
+    config = {"sigma_min": rng.choice((0.002, 0.03)), "sigma_max": rng.choice((80.0, 14.0)), "sigma_data": rng.choice((0.5, 1.0))}
+    config |= {"sigma_schedule": rng.choice(("karras", "exponential")), "rho": rng.choice((7.0, 5.0, 3))}
+    return config | {"final_sigmas_type": rng.choice(("zero", "sigma_min"))}
+
+
+def edm_euler(rng):
+    config = edm(rng) | {"prediction_type": rng.choice(("epsilon", "v_prediction"))}
+    run = {"sigmas": sorted(rng.random() for _ in range(6))} if rng.random() < 0.2 else steps(rng)
+    if rng.random() < 0.4:
+        run |= {"s_churn": rng.choice((0.5, 3.0, 40.0)), "s_tmin": rng.choice((0.0, 0.5)), "s_tmax": rng.choice((5.0, 1e9))}
+        run["s_noise"] = 1.003
+    return config, late(rng, run, run.get("num_inference_steps", 6))
+
+
+def consistency(rng):
+    config = edm(rng) | {"num_train_timesteps": rng.choice((18, 40, 151)), "s_noise": rng.choice((1.0, 1.003))}
+    config |= {"clip_denoised": rng.random() < 0.5}
+    if rng.random() < 0.4:
+        run = {"timesteps": descending(rng, 0, config["num_train_timesteps"], rng.randint(1, 6))}
+    else:
+        run = {"num_inference_steps": rng.randint(1, 12)}
+    return config, late(rng, run, run.get("num_inference_steps") or len(run["timesteps"]))
+
+
 RANDOM = {
+    "DDIMInverseScheduler": ddim_inverse,
+    "LMSDiscreteScheduler": lms,
+    "EDMEulerScheduler": edm_euler,
+    "CMStochasticIterativeScheduler": consistency,
     "DDPMScheduler": ddpm,
     "DDIMScheduler": ddim,
     "EulerDiscreteScheduler": euler,

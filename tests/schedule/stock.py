@@ -17,7 +17,7 @@ class _Torch64:
         return getattr(torch, name)
 
 
-LEVELS = ("sigmas", "alphas_cumprod", "final_alpha_cumprod", "one")
+LEVELS = ("sigmas", "alphas_cumprod", "initial_alpha_cumprod", "final_alpha_cumprod", "one")
 
 
 def prepared(class_name, config, run):
@@ -25,8 +25,9 @@ def prepared(class_name, config, run):
     scheduler = getattr(importlib.import_module("diffusers"), class_name).from_config(dict(config))
     names = ("num_inference_steps", "timesteps", "sigmas", "mu", "original_inference_steps")
     arguments = {name: run[name] for name in names if run.get(name) is not None}
-    if "sigmas" in arguments:
-        arguments["sigmas"] = np.array(arguments["sigmas"])  # a list is what UniPC cannot shift
+    if "sigmas" in arguments:  # a list is what UniPC cannot shift
+        given = np.array(arguments["sigmas"])
+        arguments["sigmas"] = torch.from_numpy(given) if class_name == "EDMEulerScheduler" else given
     if run.get("strength", 1.0) != 1.0:
         arguments["strength"] = run["strength"]
     if "shift" in run:
@@ -43,7 +44,7 @@ def prepared(class_name, config, run):
 def trajectory(scheduler, run, shape, channels):
     """Per step the outputs in their order, of the run that `plan_executor.trajectory` makes."""
     module = importlib.import_module(type(scheduler).__module__)
-    taken = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise")
+    taken = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "order")
     extra = {name: run[name] for name in taken if name in run}
     kept = {name: getattr(module, name) for name in ("torch", "randn_tensor") if hasattr(module, name)}
     begin, steps = run.get("begin", 0), []

@@ -18,7 +18,7 @@ from mmgen_kernels.schedule.planner import DEFAULTS
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned
 
 FP32, BF16 = torch.float32, torch.bfloat16
-OF_STEP = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise")
+OF_STEP = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "order")
 
 
 NOISY = (
@@ -26,6 +26,7 @@ NOISY = (
     "LCMScheduler",
     "TCDScheduler",
     "FlowMatchLCMScheduler",
+    "CMStochasticIterativeScheduler",
     "EulerAncestralDiscreteScheduler",
 )  # whose bf16 normals are other normals
 
@@ -125,6 +126,36 @@ def test_ddim_takes_any_timestep():
     torch.testing.assert_close(one.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_edm_takes_a_predicted_x0():
+    """Behind return_dict, where diffusers has it; the model's output then says no more than a dtype."""
+    scheduler = made("EDMEulerScheduler")
+    scheduler.set_timesteps(6)
+    t, x, x0 = scheduler.timesteps[2], image(3, (1, 2, 3)).float(), image(4, (1, 2, 3)).float()
+    scheduler.set_begin_index(2)
+    prev, same = scheduler.step(torch.full_like(x, torch.nan), t, x, 0.0, 0.0, 1.0, 1.0, None, False, x0)
+    s, following = scheduler.sigmas[2:4].double()
+    assert same is x0
+    torch.testing.assert_close(prev.double(), x + (following - s) / s * (x.double() - x0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_lms_is_exact_where_the_derivative_is_a_polynomial(order):
+    """Of degree order - 1 in sigma, once there is history enough."""
+    scheduler = made("LMSDiscreteScheduler")
+    scheduler.set_timesteps(8)
+    sigmas = scheduler.sigmas.double().tolist()
+    grown = [sum(s ** (j + 1) / (j + 1) for j in range(order)) for s in sigmas]  # the integral of sum_j s^j
+    for k, t in enumerate(scheduler.timesteps):
+        slope = sum(sigmas[k] ** j for j in range(order))
+        x = torch.tensor([[grown[k]]], dtype=torch.float64)
+        y = scheduler.step(torch.tensor([[slope]], dtype=torch.float64), t, x, order=order).prev_sample
+        if k >= order - 1:
+            assert y.item() == pytest.approx(grown[k + 1], rel=1e-12, abs=1e-12 * grown[0])
+    assert len(scheduler.derivatives) == order
+    weights = [scheduler.get_lms_coefficient(order, 5, j) for j in range(order)]
+    assert sum(weights) == pytest.approx(sigmas[6] - sigmas[5], rel=1e-12)
+
+
 # -- noise ------------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +242,8 @@ def test_another_schedulers_config_is_kept_for_the_way_back():
 
 @pytest.mark.parametrize("class_name", DEFAULTS)
 def test_the_levels_of_training_are_those_of_the_config(class_name):
-    changed = {"num_train_timesteps": 500, **({"shift": 3.0} if class_name.startswith("Flow") else {"beta_end": 0.012})}
+    option = next(name for name in ("beta_end", "shift", "sigma_max") if name in DEFAULTS[class_name])
+    changed = {"num_train_timesteps": 500, option: {"beta_end": 0.012, "shift": 3.0, "sigma_max": 20.0}[option]}
     ours, expected = type(made(class_name)).from_config(changed), made(class_name, **changed)
     for levels in ("alphas_cumprod", "sigmas", "timesteps"):
         a, b = getattr(ours, levels), getattr(expected, levels)

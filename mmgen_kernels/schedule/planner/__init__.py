@@ -19,14 +19,18 @@ from types import ModuleType
 
 from mmgen_kernels.schedule.planner import (
     cogvideox_ddim,
+    consistency,
     ddim,
+    ddim_inverse,
     ddpm,
     dpmsolver,
+    edm_euler,
     euler,
     euler_ancestral,
     flow_match,
     flow_match_lcm,
     lcm,
+    lms,
     tcd,
     unipc,
 )
@@ -47,6 +51,10 @@ CLASSES: dict[str, ModuleType] = {
     "FlowMatchLCMScheduler": flow_match_lcm,
     "TCDScheduler": tcd,
     "LCMScheduler": lcm,
+    "DDIMInverseScheduler": ddim_inverse,
+    "LMSDiscreteScheduler": lms,
+    "EDMEulerScheduler": edm_euler,
+    "CMStochasticIterativeScheduler": consistency,
 }
 
 

@@ -27,6 +27,8 @@ class Run:
         s_churn, s_tmin, s_tmax, s_noise: EulerDiscreteScheduler's. FlowMatchEulerDiscreteScheduler takes them and reads none.
         original_inference_steps, strength: LCM's and TCD's.
         per_token_timesteps: FlowMatchEulerDiscreteScheduler's; one level per token is no row of a table, so any raises.
+        order: LMSDiscreteScheduler's, from 1 to 4.
+        has_original: EDMEulerScheduler's: its step is handed a predicted x0, which then stands where the model's output would.
     """
 
     num_inference_steps: int | None = None
@@ -44,6 +46,8 @@ class Run:
     original_inference_steps: int | None = None
     strength: float = 1.0
     per_token_timesteps: Any = None
+    order: int = 4
+    has_original: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Schedule:
 
     Args:
         timesteps: one per step, whole numbers where `timestep_dtype` is "int64", rounded to fp32 where it is "float32".
-        timestep_dtype: "int64" or "float32", the dtype of the stock scheduler's `timesteps`.
+        timestep_dtype: "int64", "float32" or "float64", the dtype of the stock scheduler's `timesteps`.
         sigmas: one level per step and the last one (classes in sigma space), else None. Values of fp32.
         alphas_cumprod: one per training timestep (classes by whole timesteps), else None. Values of fp32, CogVideoX's of fp64.
         init_noise_sigma: what the initial noise is multiplied by.

@@ -14,7 +14,7 @@ from mmgen_kernels.schedule.planner.clipping import clip
 from mmgen_kernels.schedule.planner.contract import Config, Plan, Run, Schedule
 from mmgen_kernels.schedule.planner.floats import div, sqrt
 from mmgen_kernels.schedule.planner.forms import DERIVED, NOISE, SAMPLE, matrix
-from mmgen_kernels.schedule.planner.variance_preserving import check_signal, check_timesteps, of_levels
+from mmgen_kernels.schedule.planner.variance_preserving import check_signal, check_timesteps, of_levels, steps_of
 
 TAKES = ("num_inference_steps", "begin", "eta", "use_clipped_model_output")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -22,7 +22,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 def schedule(config: Config, run: Run) -> Schedule:
     alphas = betas.alphas_cumprod(config).tolist()
-    timesteps = spacing.whole(config, _steps(run))
+    timesteps = spacing.whole(config, steps_of(run, "DDIMScheduler"))
     check_timesteps(timesteps, len(alphas))
     return Schedule(tuple(timesteps), "int64", alphas_cumprod=tuple(alphas))
 
@@ -30,7 +30,7 @@ def schedule(config: Config, run: Run) -> Schedule:
 def plan(config: Config, run: Run, levels: Schedule) -> Plan:
     kind, alphas = config["prediction_type"], of_levels(levels)
     final = 1.0 if config["set_alpha_to_one"] else alphas[0]
-    apart = config["num_train_timesteps"] // _steps(run)
+    apart = config["num_train_timesteps"] // steps_of(run, "DDIMScheduler")
     clipping = clip(config)
     rows = []
     for time in levels.timesteps[run.begin :]:
@@ -58,9 +58,3 @@ def plan(config: Config, run: Run, levels: Schedule) -> Plan:
         scale_model_input=(1.0,) * len(rows),
         **clipping,
     )
-
-
-def _steps(run: Run) -> int:
-    if run.num_inference_steps is None:
-        raise ValueError("num_inference_steps must be given for DDIMScheduler, got None")
-    return run.num_inference_steps

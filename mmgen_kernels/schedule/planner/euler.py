@@ -11,6 +11,8 @@ Outputs: prev_sample, pred_original_sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mmgen_kernels.schedule.planner import betas, conversion, spacing
@@ -69,13 +71,10 @@ def _spaced(config: Config, run: Run, table: list[float]) -> tuple[list[float], 
 def plan(config: Config, run: Run, levels: Schedule) -> Plan:
     kind, sigmas = config["prediction_type"], sigma_space.of_levels(levels)
     conversion.check(kind, PREDICTIONS)
-    rows, churned, scales = [], [], []
+    rows, drawn, scales = [], [], []
     for i in range(run.begin, len(levels.timesteps)):
         s, to = sigmas[i], sigmas[i + 1]
-        gamma = min(run.s_churn / (len(sigmas) - 1), 2**0.5 - 1) if run.s_tmin <= s <= run.s_tmax else 0.0
-        hat = s * (gamma + 1)
-        churn = sqrt(hat**2 - s**2) * run.s_noise if gamma > 0 else 0.0
-        x = SAMPLE + churn * NOISE
+        x, hat = churned(run, sigmas, i)
         original = denoised(kind, x, s, hat)
         if kind == "epsilon":
             prev = x + (to - hat) * MODEL_OUTPUT
@@ -83,7 +82,7 @@ def plan(config: Config, run: Run, levels: Schedule) -> Plan:
             ratio = div(to - hat, hat)
             prev = (1 + ratio) * x - ratio * original
         rows.append(matrix(("sample", "model_output"), original, prev, DERIVED))
-        churned.append(gamma > 0)
+        drawn.append(hat > s)
         scales.append(1 / sqrt(s**2 + 1))
     return Plan(
         inputs=("sample", "model_output"),
@@ -91,9 +90,19 @@ def plan(config: Config, run: Run, levels: Schedule) -> Plan:
         rows=rows,
         schedule=levels,
         begin=run.begin,
-        draws_noise=tuple(churned),
+        draws_noise=tuple(drawn),
         scale_model_input=tuple(scales),
     )
+
+
+def churned(run: Run, sigmas: Sequence[float], i: int) -> tuple[Form, float]:
+    """The sample of step i with the noise that s_churn adds, and its level."""
+    s = sigmas[i]
+    gamma = min(run.s_churn / (len(sigmas) - 1), 2**0.5 - 1) if run.s_tmin <= s <= run.s_tmax else 0.0
+    if gamma <= 0:
+        return SAMPLE, s
+    hat = s * (gamma + 1)
+    return SAMPLE + sqrt(hat**2 - s**2) * run.s_noise * NOISE, hat
 
 
 def denoised(prediction_type: str, x: Form, s: float, hat: float) -> Form:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmgen_kernels.schedule.planner.betas import alphas_cumprod
 from mmgen_kernels.schedule.planner.contract import Config, Schedule
 from mmgen_kernels.schedule.planner.floats import exp, f32, log, sqrt
 from mmgen_kernels.schedule.planner.spacing import linspace
@@ -19,14 +20,15 @@ from mmgen_kernels.schedule.planner.special import beta_ppf
 RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
-def training_sigmas(alphas_cumprod: Tensor) -> list[float]:
+def training_sigmas(alphas: Tensor) -> list[float]:
     """Ascending, values of fp32."""
-    return (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).tolist()
+    return (((1 - alphas) / alphas) ** 0.5).tolist()
 
 
 def of_levels(levels: Schedule) -> tuple[float, ...]:
     if levels.sigmas is None or len(levels.sigmas) <= len(levels.timesteps):
-        raise ValueError(f"levels must have a sigma per timestep and a last one, got {levels.sigmas}")
+        got = None if levels.sigmas is None else f"{len(levels.sigmas)} for {len(levels.timesteps)} timesteps"
+        raise ValueError(f"levels must have a sigma per timestep and a last one, got {got}")
     return levels.sigmas
 
 
@@ -79,6 +81,14 @@ def respaced(config: Config, first: float, last: float, steps: int) -> list[floa
         return [exp(x) for x in linspace(log(first), log(last), steps)]
     # Beta sampling, Lee et al. 2024: both ends are visited more densely than the middle.
     return [last + beta_ppf(1 - p, 0.6, 0.6) * (first - last) for p in linspace(0, 1, steps)]
+
+
+def spaced(config: Config, times: list[float]) -> tuple[list[float], list[float]]:
+    """Levels without the last one, and timesteps: those of `times`, or where a respacing puts them."""
+    table = training_sigmas(alphas_cumprod(config))
+    sigmas = interpolate(times, table)
+    elsewhere = respaced(config, sigmas[0], sigmas[-1], len(times))
+    return (sigmas, times) if elsewhere is None else (elsewhere, times_of(elsewhere, logs(table)))
 
 
 def karras(first: float, last: float, steps: int, rho: float = 7.0) -> list[float]:

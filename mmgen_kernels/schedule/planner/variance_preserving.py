@@ -1,4 +1,4 @@
-"""What DDPM, DDIM and LCM, which step by whole timesteps in a table of alphas_cumprod, share."""
+"""What DDPM, DDIM, LCM and others share, which step by whole timesteps in a table of alphas_cumprod."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def one_list(run: Run) -> None:
         raise ValueError(
             f"one of num_inference_steps and timesteps must be given, got {run.num_inference_steps} and {run.timesteps}"
         )
+
+
+def steps_of(run: Run, class_name: str) -> int:
+    if run.num_inference_steps is None:
+        raise ValueError(f"num_inference_steps must be given for {class_name}, got None")
+    return run.num_inference_steps
 
 
 def descending(timesteps: Sequence[float]) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmgen_kernels.checks import check_choice
 from mmgen_kernels.schedule import planner
-from mmgen_kernels.schedule.planner import DEFAULTS, Run, betas
+from mmgen_kernels.schedule.planner import DEFAULTS, Run, Schedule, betas
 from mmgen_kernels.schedule.schedulers import noising
 from mmgen_kernels.schedule.schedulers.configuration import Config, Configured
 from mmgen_kernels.schedule.schedulers.noise import NOISES
@@ -39,20 +39,23 @@ class StepOutput(OrderedDict):
 
 
 def signature_of_step(function: Callable) -> inspect.Signature:
-    """diffusers': that of the function in steps.py with `return_dict` at its end."""
-    own = inspect.signature(function).parameters
-    names = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *list(own.values())[2:]]
-    last = inspect.Parameter("return_dict", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=True, annotation=bool)
-    return inspect.Signature([*names, last])
+    """diffusers': that of the function in steps.py with `return_dict` behind what it takes by place."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = list(inspect.signature(function).parameters.values())[2:]
+    before = [p for p in own if p.kind == kind]
+    after = [p.replace(kind=kind) for p in own if p.kind != kind]
+    flag = inspect.Parameter("return_dict", kind, default=True, annotation=bool)
+    return inspect.Signature([inspect.Parameter("self", kind), *before, flag, *after])
 
 
 def split_return_dict(function: Callable) -> Callable[[tuple, dict], tuple[tuple, dict, bool]]:
     """Takes `return_dict` out of a call's arguments, wherever it stands."""
-    count = len(inspect.signature(function).parameters) - 2
+    names = list(signature_of_step(function).parameters)[1:]
+    count = names.index("return_dict")
 
     def split(args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
         if len(args) > count:
-            return args[:count], kwargs, bool(args[count])
+            return args[:count], kwargs | dict(zip(names[count + 1 :], args[count + 1 :], strict=False)), bool(args[count])
         return args, kwargs, bool(kwargs.pop("return_dict", True))
 
     return split
@@ -123,14 +126,16 @@ class Scheduler(Configured):
 
     def set_run(self, device: torch.device | str | None, **run: Any) -> None:
         planned = planner.schedule(self.class_name, dict(self.config), Run(**{n: v for n, v in run.items() if v is not None}))
-        dtype = torch.int64 if planned.timestep_dtype == "int64" else torch.float32
-        self.timesteps = torch.tensor(planned.timesteps, dtype=dtype, device=device)
-        self.sigmas = None if planned.sigmas is None else torch.tensor(planned.sigmas, dtype=torch.float32)
-        self.set_initial_noise(planned.init_noise_sigma)
+        self.set_levels(planned, device)
         lists = (run.get("timesteps"), run.get("sigmas"))
         self.num_inference_steps = run.get("num_inference_steps") or next(len(v) for v in lists if v is not None)
         self._step_index = self._begin_index = None
         self.forget()
+
+    def set_levels(self, levels: Schedule, device: torch.device | str | None = None) -> None:
+        self.timesteps = torch.tensor(levels.timesteps, dtype=getattr(torch, levels.timestep_dtype), device=device)
+        self.sigmas = None if levels.sigmas is None else torch.tensor(levels.sigmas, dtype=torch.float32)
+        self.set_initial_noise(levels.init_noise_sigma)
 
     def forget(self) -> None:
         """What a solver keeps of former steps."""

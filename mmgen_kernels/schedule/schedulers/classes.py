@@ -39,6 +39,18 @@ class DDIMScheduler(VariancePreserving):
         self.set_run(device, num_inference_steps=num_inference_steps)
 
 
+class DDIMInverseScheduler(VariancePreserving):
+    """DDIM's steps from data to noise: Song et al. 2021, section 4.3."""
+
+    def set_training_levels(self) -> None:
+        super().set_training_levels()
+        self.timesteps = self.timesteps.flip(0)
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """The run: so many steps, upwards."""
+        self.set_run(device, num_inference_steps=num_inference_steps)
+
+
 class Consistency(VariancePreserving):
     """What the two consistency samplers share: a run is picked from the steps of the distillation."""
 
@@ -64,7 +76,7 @@ class TCDScheduler(Consistency):
 
 
 class Euler(SigmaSpace):
-    """What the two Euler classes share: samples x0 + sigma noise, which the model sees scaled."""
+    """What Euler's classes and their kin share: samples x0 + sigma noise, which the model sees scaled."""
 
     is_scale_input_called = False
 
@@ -74,12 +86,15 @@ class Euler(SigmaSpace):
         self.init_noise_sigma = start(self.config, self.sigmas.tolist())
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:  # type: ignore[override]
-        """sample / sqrt(sigma^2 + 1)"""
+        """sample / sqrt(sigma^2 + 1); sigma_data^2 for the 1 where the class has one."""
         if self._step_index is None:
             self._init_step_index(timestep)
         assert self.sigmas is not None and self._step_index is not None
         self.is_scale_input_called = True
-        return sample / math.sqrt(float(self.sigmas[self._step_index]) ** 2 + 1)
+        return sample / math.sqrt(float(self.sigmas[self._step_index]) ** 2 + self.power_of_data())
+
+    def power_of_data(self) -> float:
+        return 1.0
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """original_samples + sigma noise at the levels of `timesteps`, (B,)."""

@@ -20,7 +20,8 @@ from mmgen_kernels.schedule.planner import Plan, Run, Schedule
 from mmgen_kernels.schedule.reference import INPUTS
 from mmgen_kernels.schedule.schedulers.noise import Generators, key_from, randn
 
-ANY_TIMESTEP = ("DDIMScheduler", "CogVideoXDDIMScheduler")  # may step from timesteps that are not in the run
+# may step from timesteps that are not in the run
+ANY_TIMESTEP = ("DDIMScheduler", "DDIMInverseScheduler", "CogVideoXDDIMScheduler")
 
 
 class Unplanned(ValueError):
@@ -102,7 +103,7 @@ class Stepper:
     def schedule(self, levels: tuple[Any, ...], alone: int | None) -> Schedule:
         timesteps, sigmas, alphas = (None if v is None else self.numbers(i, v) for i, v in enumerate(levels))
         assert timesteps is not None
-        dtype = "float32" if levels[0].is_floating_point() else "int64"
+        dtype = str(levels[0].dtype).removeprefix("torch.")
         return Schedule(timesteps if alone is None else (float(alone),), dtype, sigmas, alphas)
 
     def numbers(self, i: int, level: Any) -> tuple[Any, ...]:

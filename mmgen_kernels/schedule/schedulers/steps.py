@@ -27,6 +27,7 @@ from mmgen_kernels.schedule.schedulers.steps_shared import (
     step_index,
     with_history,
 )
+from mmgen_kernels.schedule.schedulers.steps_sigma import consistency_model, edm_euler, lms
 
 
 def ddpm(
@@ -59,6 +60,13 @@ def ddim(
     if eta > 0:
         noise = stepper.draw(table, prediction, generator, prediction.dtype) if variance_noise is None else variance_noise
     return first_two(stepper, table, k, prediction, sample, noise)
+
+
+def ddim_inverse(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, ...]:
+    check_tensors(model_output, sample)
+    table, k = by_timestep(stepper, s, timestep)
+    prediction, _ = of_channels(table.plan, model_output, sample)
+    return first_two(stepper, table, k, prediction, sample, None)
 
 
 def lcm(
@@ -167,7 +175,7 @@ def dpm_solver(
     check_tensors(model_output, sample)
     require_timesteps(s)
     k = step_index(s, timestep)
-    table, row = with_history(stepper, s, k)
+    table, row = with_history(stepper, s, k, s.lower_order_nums, s.config["solver_order"])
     prediction, _ = of_channels(table.plan, model_output, sample)
     dtype = torch.promote_types(sample.dtype, prediction.dtype)
     named = {"sample": sample, "model_output": prediction, **history_of(s)}
@@ -185,7 +193,7 @@ def unipc(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample:
     check_tensors(model_output, sample)
     require_timesteps(s)
     k = step_index(s, timestep)
-    table, row = with_history(stepper, s, k)
+    table, row = with_history(stepper, s, k, s.lower_order_nums, s.config["solver_order"])
     prediction, _ = of_channels(table.plan, model_output, sample)
     dtypes = dict.fromkeys(table.plan.outputs, sample.dtype) | {"m0": torch.promote_types(sample.dtype, prediction.dtype)}
     named = {"sample": sample, "model_output": prediction, "last_sample": s.last_sample, **history_of(s)}
@@ -213,4 +221,8 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "LCMScheduler": (lcm, ("prev_sample", "denoised")),
     "TCDScheduler": (tcd, ("prev_sample", "pred_noised_sample")),
     "CogVideoXDDIMScheduler": (cogvideox_ddim, ("prev_sample", "pred_original_sample")),
+    "DDIMInverseScheduler": (ddim_inverse, ("prev_sample", "pred_original_sample")),
+    "LMSDiscreteScheduler": (lms, ("prev_sample", "pred_original_sample")),
+    "EDMEulerScheduler": (edm_euler, ("prev_sample", "pred_original_sample")),
+    "CMStochasticIterativeScheduler": (consistency_model, ("prev_sample",)),
 }

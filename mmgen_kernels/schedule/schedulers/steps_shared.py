@@ -49,28 +49,35 @@ def first_two(
 
 
 def in_sigma_space(
-    stepper: Stepper, table: Table, k: int, prediction: Tensor, sample: Tensor, noise: Tensor | None
+    stepper: Stepper,
+    table: Table,
+    k: int,
+    prediction: Tensor,
+    sample: Tensor,
+    noise: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """The sample in the model output's dtype, the data in fp32 at least."""
+    """The sample in the model output's dtype, which `dtype` names where the prediction is another; the data in fp32 at least."""
     named = {"sample": sample, "model_output": prediction}
     wide = torch.promote_types(FP32, prediction.dtype)
-    found = stepper.run(table, k, named, {"prev_sample": prediction.dtype, "pred_original_sample": wide}, noise)
+    dtypes = {"prev_sample": dtype or prediction.dtype, "pred_original_sample": wide}
+    found = stepper.run(table, k, named, dtypes, noise)
     return found["prev_sample"], found["pred_original_sample"]
 
 
-def with_history(stepper: Stepper, s: Any, k: int) -> tuple[Table, int]:
-    """The plan of a run that began where the scheduler's history does, and its row of step k."""
-    begin = k - s.lower_order_nums if s.lower_order_nums < s.config["solver_order"] else stepper_begin(stepper, s, k)
+def with_history(stepper: Stepper, s: Any, k: int, kept: int, full: int, **run: Any) -> tuple[Table, int]:
+    """The plan of a run that began where the scheduler's history does, and its row of step k. More than `full` tell nothing new."""
+    begin = k - kept if kept < full else stepper_begin(stepper, s, k, full, **run)
     if begin < 0:
-        raise Unplanned(f"step {k} must have at most {k} steps before it, got a history of {s.lower_order_nums}")
-    return stepper.table(s, begin=begin), k - begin
+        raise Unplanned(f"step {k} must have at most {k} steps before it, got a history of {kept}")
+    return stepper.table(s, begin=begin, **run), k - begin
 
 
-def stepper_begin(stepper: Stepper, s: Any, k: int) -> int:
+def stepper_begin(stepper: Stepper, s: Any, k: int, full: int, **run: Any) -> int:
     """Of a full history any beginning that far back will do: the plan that is there already."""
-    stepper.table(s)  # drops what was planned for other timesteps
-    known = [asked[0] for asked in stepper.tables if asked[0] <= k - s.config["solver_order"]]
-    return max(known, default=max(k - s.config["solver_order"], 0))
+    stepper.table(s, **run)  # drops what was planned for other timesteps
+    known = [asked[0] for asked in stepper.tables if asked[0] <= k - full]
+    return max(known, default=max(k - full, 0))
 
 
 def history_of(s: Any) -> dict[str, Tensor | None]:
