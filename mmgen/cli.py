@@ -1,4 +1,4 @@
-"""`python -m mmgen demo`, `train`, `train-dit` and `sample`."""
+"""`python -m mmgen demo`, `train`, `train-dit`, `sample`, `train-codes`, `sample-codes` and `codes`."""
 
 import argparse
 import sys
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from mmgen import presets
-from mmgen.data import DATASETS
+from mmgen.data import DATASETS, DataConfig
 from mmgen.diffusion.objective import TARGETS, TIMES
+from mmgen.models import VQVAEConfig
 from mmgen.models.quantizers import QUANTIZERS
-from mmgen.presets import DiTExperiment, Experiment, SamplingConfig
+from mmgen.presets import CodeComparison, CodeExperiment, CodeSamplingConfig, DiTExperiment, Experiment, SamplingConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +59,44 @@ def parser() -> argparse.ArgumentParser:
     add_machine(sample)
     sample.add_argument("--run", type=Path, default=Path("runs/train-dit"), metavar="DIR", help="default: runs/train-dit")
     sample.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE", help="default: samples.png")
+    add_code_tasks(tasks)
     return parser
+
+
+def add_code_tasks(tasks: Any) -> None:
+    train = tasks.add_parser("train-codes", help="train one transformer of a tokenizer's codes")
+    train.set_defaults(task=run_train_codes)
+    train.add_argument("kind", choices=["causal", "diffusion"])
+    train.add_argument("--tokenizer", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
+    train.add_argument("--num-timesteps", type=int, metavar="N", help="of the diffusion")
+    add_code_model(train)
+    add_training(train, out="runs/train-codes")
+
+    sample = tasks.add_parser("sample-codes", help="draw pictures from what train-codes has trained")
+    sample.set_defaults(task=run_sample_codes)
+    sample.add_argument("--samples", type=int, metavar="N")
+    sample.add_argument("--num-inference-steps", type=int, metavar="N", help="of a diffusion model")
+    sample.add_argument("--temperature", type=float, metavar="X")
+    sample.add_argument("--top-k", type=int, metavar="K", help="only so many likeliest codes may come")
+    sample.add_argument("--seed", type=int, metavar="N")
+    add_machine(sample)
+    sample.add_argument("--run", type=Path, default=Path("runs/train-codes"), metavar="DIR", help="default: runs/train-codes")
+    sample.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE", help="default: samples.png")
+
+    codes = tasks.add_parser("codes", help="a causal and a diffusion transformer of a tokenizer's codes, compared in bits")
+    codes.set_defaults(task=run_codes)
+    codes.add_argument("--tokenizer-steps", type=int, metavar="N", help="training steps of the tokenizer")
+    codes.add_argument("--image-size", type=int, metavar="N", help="side of the training crops")
+    codes.add_argument("--codebook-size", type=int, metavar="K")
+    codes.add_argument("--replicates", type=int, metavar="N", help="how often the diffusion model's bound is drawn")
+    add_code_model(codes)
+    add_training(codes, out="runs/codes")
+
+
+def add_code_model(parser: argparse.ArgumentParser) -> None:
+    for name in ("hidden-size", "depth", "num-heads"):
+        parser.add_argument(f"--{name}", type=int, metavar="N")
+    parser.add_argument("--ema-decay", type=float, metavar="X")
 
 
 def add_common(parser: argparse.ArgumentParser, *, out: str) -> None:
@@ -118,6 +156,18 @@ def dit_experiment(options: dict[str, Any]) -> DiTExperiment:
     return DiTExperiment(model, objective, training)
 
 
+def code_experiment(kind: str, data: DataConfig, tokenizer: VQVAEConfig, options: dict[str, Any]) -> CodeExperiment:
+    """The preset of a kind with the given options written over it, but for what the tokenizer has settled."""
+    preset = presets.codes(kind, data, tokenizer)
+    given = {name: value for name, value in options.items() if name not in ("image_size", "codebook_size")}
+    parts = {part: with_options(getattr(preset, part), given) for part in ("model", "training")}
+    if isinstance(preset, presets.CodeDiffusionExperiment):
+        parts["process"] = with_options(preset.process, given)
+    elif given.get("num_timesteps") is not None:
+        raise ValueError("--num-timesteps is of the diffusion model, got it with causal")
+    return replace(preset, **parts)
+
+
 def set_up(options: argparse.Namespace) -> torch.device:
     if options.threads is not None:
         if options.threads < 1:
@@ -157,6 +207,33 @@ def run_sample(options: argparse.Namespace) -> None:
 
     sampling = with_options(SamplingConfig(samples=100), vars(options))
     sample_run(options.run, options.labels, sampling, options.out, device=set_up(options))
+
+
+def run_train_codes(options: argparse.Namespace) -> None:
+    from mmgen.tasks.train import read_tokenizer, train_codes
+
+    tokenizer, saved = read_tokenizer(options.tokenizer, "--tokenizer")
+    chosen = code_experiment(options.kind, DataConfig(**saved["data"]), tokenizer.config, vars(options))
+    train_codes(chosen, options.tokenizer, options.out, device=set_up(options), resume=options.resume)
+
+
+def run_sample_codes(options: argparse.Namespace) -> None:
+    from mmgen.tasks.codes import sample_codes
+
+    sample_codes(options.run, with_options(CodeSamplingConfig(), vars(options)), options.out, device=set_up(options))
+
+
+def run_codes(options: argparse.Namespace) -> None:
+    from mmgen.tasks.codes import codes
+
+    preset, given = presets.unseen_photographs(), vars(options)
+    of_tokenizer = {"steps": options.tokenizer_steps, "seed": options.seed}
+    tokenizer = Experiment(
+        with_options(preset.data, given), with_options(preset.model, given), with_options(preset.training, of_tokenizer)
+    )
+    kinds = {kind: code_experiment(kind, tokenizer.data, tokenizer.model, given) for kind in ("causal", "diffusion")}
+    comparison = with_options(CodeComparison(tokenizer, **kinds), given)  # type: ignore[arg-type]
+    codes(comparison, options.out, device=set_up(options), resume=options.resume)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,38 @@ class CodeDiffusionExperiment(CodeExperiment):
     process: AbsorbingConfig
 
 
+@dataclass(frozen=True)
+class CodeComparison(Settings):
+    tokenizer: Experiment
+    causal: CodeExperiment
+    diffusion: CodeDiffusionExperiment
+    replicates: int = 32  # of the numbers that the diffusion model's bound is drawn with
+
+    def __post_init__(self):
+        if self.replicates < 2:
+            raise ValueError(f"--replicates must be at least 2, for a standard error, got {self.replicates}")
+
+
+@dataclass(frozen=True)
+class CodeSamplingConfig:
+    samples: int = 20
+    num_inference_steps: int = 256  # of the diffusion model
+    temperature: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("samples", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
+
+
 def codes(kind: str, data: DataConfig, tokenizer: VQVAEConfig) -> CodeExperiment:
-    """0.98 M parameters of either kind: the causal one has wider MLPs for what the other spends on its time."""
+    """0.98 M parameters, be it "causal" or "diffusion": the one has wider MLPs for what the other spends on its time."""
     shape = {"num_codes": tokenizer.codebook_size, "grid_size": data.image_size // tokenizer.downsampling}
     if kind == "causal":
         return CodeExperiment(data, tokenizer, CodeTransformerConfig(**shape, mlp_ratio=4.4375), CodeTrainingConfig())

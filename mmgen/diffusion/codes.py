@@ -5,7 +5,9 @@ a code that the model draws for it. So a step costs 1 / t of the nats by which t
 
     -log p(x) <= sum_t 1/t E[ sum over hidden places of -log p_model(code | what is seen, t) ]
 
-which is what is trained on, and the price at which `sample` with S steps gives x.
+which is the price at which `sample` with S steps gives x. As a place is hidden t / S of the time, the sum is the mean over t of
+the nats missed at each place when it is hidden, added over places. So it is drawn: one place is hidden for sure, the others as
+they come, and the mean over hidden places counts T times, for T places. Weighed by S / t instead, their number would be noise.
 
 Source: Austin et al., Structured Denoising Diffusion Models in Discrete State-Spaces, 2021; Sahoo et al., Simple and Effective
 Masked Diffusion Language Models, 2024, for the sum as a weighted cross-entropy and for times spread evenly over a batch.
@@ -21,7 +23,7 @@ from torch import Tensor
 import mmgen_kernels as mk
 from mmgen.models.code_transformer import choice
 
-TIME, HIDDEN = 0, 1  # streams of a batch's key
+TIME, HIDDEN, SURE = 0, 1, 2  # streams of a batch's key
 SHOWN, CODES = 0, 1  # streams of a sample's key at a step
 TIMES_TOLD = 1000  # to the model, from all seen to all hidden
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -49,23 +51,24 @@ class Absorbing:
         return 1 + (u * self.num_timesteps).long()
 
     def hidden(self, shape: torch.Size, t: Tensor, key: Tensor) -> Tensor:
-        """Which codes step t hides, bool (B, T)."""
-        return mk.philox_uniform(shape, key, dtype=torch.float64) < (t.double() / self.num_timesteps)[:, None]
+        """Which codes step t hides, bool (B, T), given that it hides one that is any with equal chance."""
+        sure = (mk.philox_uniform(shape[:1], mk.fold_in(key, SURE), dtype=torch.float64) * shape[1]).long()  # (B,)
+        others = mk.philox_uniform(shape, mk.fold_in(key, HIDDEN), dtype=torch.float64)  # (B, T)
+        return (others < (t.double() / self.num_timesteps)[:, None]).scatter(1, sure[:, None], True)
 
     def nats(self, model: Model, codes: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
         """What these times (B,) and these hidden places (B, T) say of the bound on -log p of pictures (B, T); (B,).
 
-        Its mean over times and places is the bound.
+        Its mean over `times` and `hidden` is the bound.
         """
-        steps = self.num_timesteps
-        logits = model(codes.masked_fill(hidden, self.num_codes), t * TIMES_TOLD / steps)  # (B, T, K)
+        logits = model(codes.masked_fill(hidden, self.num_codes), t * TIMES_TOLD / self.num_timesteps)  # (B, T, K)
         missed = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")  # (B, T)
-        return steps / t.to(missed.dtype) * (missed * hidden).sum(dim=1)
+        return codes.shape[1] * (missed * hidden).sum(dim=1) / hidden.sum(dim=1)
 
     def draw_nats(self, model: Model, codes: Tensor, key: Tensor) -> Tensor:
         """`nats` at times and places that the key (2,) draws."""
         t = self.times(len(codes), mk.fold_in(key, TIME))
-        return self.nats(model, codes, t, self.hidden(codes.shape, t, mk.fold_in(key, HIDDEN)))
+        return self.nats(model, codes, t, self.hidden(codes.shape, t, key))
 
     @torch.no_grad()
     def sample(

@@ -30,18 +30,20 @@ CURVES = {
     "quantizer_ms": "quantizer, ms (forward + backward)",
 }
 
+STYLE = """<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem 1rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { width: 100%; margin-bottom: 1rem; }
+pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: 13px; }
+</style>"""
+
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <title>mmgen demo</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .3rem 1rem; border-bottom: 1px solid #ddd; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ width: 100%; margin-bottom: 1rem; }}
-pre {{ background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: 13px; }}
-</style>
+{style}
 <h1>One VQ-VAE, two quantizers</h1>
 <p>The same model was trained twice on {dataset}, from the same seed on the same batches: {tokens} tokens a step,
 {codebook_size} codes of dimension {codebook_dim}. Only the quantizer differs: <b>stock</b> is what training scripts do
@@ -85,6 +87,7 @@ def page(
     crops = [data.held_out[i * count // CROPS_SHOWN] for i in range(CROPS_SHOWN)]
     whole = [picture_tag(torch.cat(versions(picture, models), dim=2)) for picture in data.gallery]
     return PAGE.format(
+        style=STYLE,
         dataset=experiment.data.dataset,
         tokens=experiment.tokens,
         codebook_size=experiment.model.codebook_size,

@@ -81,12 +81,22 @@ def brute_bound(picture: tuple[int, ...]) -> float:
     return total
 
 
+MASKS = [hidden for hidden in itertools.product((False, True), repeat=T) if any(hidden)]
+
+
+def chance(hidden: tuple[bool, ...], t: int) -> float:
+    """Of these hidden places, when one of them is hidden for sure and any may have been it."""
+    return sum(
+        math.prod(t / S if hidden[j] else 1 - t / S for j in range(T) if j != sure) / T for sure in range(T) if hidden[sure]
+    )
+
+
 def enumerated_bound(picture: tuple[int, ...]) -> float:
-    """The mean of what `nats` says over all times and all hidden places."""
+    """The mean of what `nats` says over all times and all places that may be hidden."""
     total, absorbing = 0.0, process()
     for t in range(1, S + 1):
-        for hidden in itertools.product((False, True), repeat=T):
-            weight = math.prod(t / S if h else 1 - t / S for h in hidden) / S
+        for hidden in MASKS:
+            weight = chance(hidden, t) / S
             said = absorbing.nats(model, torch.tensor([picture]), torch.tensor([t]), torch.tensor([hidden]))
             total += weight * said.item()
     return total
@@ -112,12 +122,12 @@ def test_a_model_that_needs_no_order_meets_its_likelihood():
     """Where codes are independent and the model knows their shares, the bound is -log p itself."""
     shares = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]], dtype=torch.float64)
     absorbing = process()
-    hidden = torch.tensor(list(itertools.product((False, True), repeat=T)))  # (8, T)
+    hidden, rows = torch.tensor(MASKS), len(MASKS)  # (7, T)
     for picture in PICTURES:
-        codes, total = torch.tensor([picture]).expand(8, T), 0.0
+        codes, total = torch.tensor([picture]).expand(rows, T), 0.0
         for t in range(1, S + 1):
-            weight = torch.where(hidden, t / S, 1 - t / S).double().prod(dim=1) / S  # (8,)
-            said = absorbing.nats(lambda x, t: shares.log().expand(8, T, K), codes, torch.full((8,), t), hidden)
+            weight = torch.tensor([chance(mask, t) for mask in MASKS], dtype=torch.float64) / S  # (7,)
+            said = absorbing.nats(lambda x, t: shares.log().expand(rows, T, K), codes, torch.full((rows,), t), hidden)
             total += (weight * said).sum().item()
         assert total == pytest.approx(-sum(math.log(shares[j, x].item()) for j, x in enumerate(picture)), rel=1e-9)
 
@@ -129,6 +139,15 @@ def test_drawn_times_and_places_find_the_bound():
     error = means.std() / 200**0.5
     assert abs(means.mean() - brute_bound(picture)) < 4 * error
     assert error < 0.02 * brute_bound(picture)
+
+
+def test_places_are_hidden_as_often_as_their_chance_says():
+    draws = 20000
+    for t in range(1, S + 1):
+        drawn = process().hidden(torch.Size((draws, T)), torch.full((draws,), t), torch.tensor([t, 0]))
+        for mask in MASKS:
+            share = (drawn == torch.tensor(mask)).all(dim=1).double().mean().item()
+            assert share == pytest.approx(chance(mask, t), abs=4 * 0.5 / draws**0.5)
 
 
 def test_each_time_comes_as_often_and_batches_spread_them():

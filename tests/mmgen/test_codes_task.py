@@ -1,0 +1,122 @@
+import base64
+import io
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from mmgen.cli import main
+from mmgen.tasks import codes
+from mmgen.training import checkpoint, log
+
+SMALL = (
+    "--steps=4 --tokenizer-steps=4 --batch-size=4 --image-size=16 --codebook-size=32 --hidden-size=32 --depth=1 --num-heads=2 "
+    "--replicates=3 --threads=1 --device=cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("codes")
+    main(["codes", *SMALL.split(), "--out", str(out)])
+    return out
+
+
+def test_three_runs_leave_logs_and_checkpoints_of_the_options(finished):
+    for kind in ("tokenizer", "causal", "diffusion"):
+        assert [record["step"] for record in log.read(finished / kind / "log.jsonl")] == [1, 2, 3, 4]
+    saved = checkpoint.read_config(checkpoint.latest(finished / "diffusion" / "checkpoints"))
+    assert (saved["model"]["hidden_size"], saved["model"]["num_codes"], saved["training"]["batch_size"]) == (32, 32, 4)
+    assert saved["data"]["dataset"] == "unseen-photographs" and saved["process"]["num_timesteps"] == 256
+
+
+def test_results_say_what_models_that_know_nothing_need(finished):
+    """After four steps the transformers still give all codes alike."""
+    result = json.loads((finished / "results.json").read_text())
+    assert result["uniform"] == 5 and result["trained_tokens"] == 4 * 4 * 16
+    assert result["held_out_entropy"] <= result["unigram"]
+    for kind in ("causal", "diffusion"):
+        assert result[kind]["held_out"]["mean"] == pytest.approx(5, abs=0.6)
+        assert result[kind]["parameters"] > 0 and result[kind]["cpu_seconds_per_step"] > 0
+    assert result["causal"]["held_out"]["standard_error"] == 0 < result["diffusion"]["held_out"]["standard_error"] < 0.1
+
+
+def test_the_report_needs_nothing_beside_it(finished):
+    page = (finished / "report.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 7  # six rows and the curves
+    assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (2 * 10 * 17, 2 * 17)
+    for words in ("bound from above", "causal transformer, exact", "cpu", torch.__version__):
+        assert words in page
+    assert Image.open(finished / "codes.png").size == (2 * 10 * 17, 2 * 6 * 17)
+
+
+def test_run_again_the_finished_comparison_trains_nothing(finished, capsys):
+    before = (finished / "diffusion" / "log.jsonl").read_text()
+    results = json.loads((finished / "results.json").read_text())
+    main(["codes", *SMALL.split(), "--out", str(finished)])
+    assert (finished / "diffusion" / "log.jsonl").read_text() == before
+    again = json.loads((finished / "results.json").read_text())
+    assert again["diffusion"]["held_out"] == results["diffusion"]["held_out"]
+    assert "diffusion transformer, bound from above" in capsys.readouterr().out
+
+
+def test_completions_keep_the_upper_half(finished):
+    from mmgen.presets import CodeSamplingConfig
+
+    for kind in ("causal", "diffusion"):
+        tokenizer, _ = codes.read_tokenizer(finished / kind / "tokenizer", "--run")
+        model, process = codes.read_model(checkpoint.latest(finished / kind / "checkpoints"))
+        start = torch.randint(32, (3, 8))
+        drawn = codes.draw_codes(model, process, start, CodeSamplingConfig(num_inference_steps=4))
+        assert drawn.shape == (3, 16) and torch.equal(drawn[:, :8], start) and drawn.max() < 32
+        assert codes.decoded(tokenizer, drawn).shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["causal", "diffusion"])
+def test_pictures_are_drawn_from_a_run(finished, tmp_path, capsys, kind):
+    picture = tmp_path / "codes.png"
+    command = f"sample-codes --run {finished / kind} --samples 12 --num-inference-steps 3 --threads 1 --out {picture}"
+    main(command.split())
+    first = picture.read_bytes()
+    assert Image.open(picture).size == (2 * 10 * 17, 2 * 2 * 17)  # ten in a row
+    assert "12 pictures of step 4" in capsys.readouterr().out
+    main(command.split())
+    assert picture.read_bytes() == first
+    main(f"{command} --seed 1 --temperature 0.5 --top-k 8".split())
+    assert picture.read_bytes() != first
+
+
+def test_one_model_is_trained_on_a_tokenizer_by_itself(finished, tmp_path):
+    small = "--steps 2 --batch-size 2 --hidden-size 16 --num-heads 2 --depth 1 --threads 1"
+    main(f"train-codes diffusion --tokenizer {finished / 'tokenizer'} --num-timesteps 9 {small} --out {tmp_path}".split())
+    saved = checkpoint.read_config(checkpoint.latest(tmp_path / "checkpoints"))
+    assert (saved["process"]["num_timesteps"], saved["model"]["grid_size"]) == (9, 4)
+    assert (tmp_path / "tokenizer").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train-codes causal --tokenizer {none}", "error: --tokenizer must be a folder that train has written to, got"),
+        ("train-codes causal --tokenizer {finished}/causal", "error: --tokenizer must hold a VQ-VAE, got"),
+        ("train-codes causal --tokenizer {finished}/tokenizer --num-timesteps 9", "error: --num-timesteps is of the"),
+        ("train-codes diffusion --tokenizer {finished}/tokenizer --hidden-size 30", "error: hidden_size must be a multiple of 8"),
+        ("sample-codes --run {none}", "error: --run must be a folder that train-codes has written to, got"),
+        ("sample-codes --run {finished}/tokenizer", "error: --run must hold a model of codes, got"),
+        ("sample-codes --run {finished}/causal --top-k 33", "error: --top-k must be between 1 and 32, the codes, got 33"),
+        ("sample-codes --run {finished}/causal --temperature -1", "error: --temperature must not be negative, got -1.0"),
+        ("sample-codes --run {finished}/causal --samples 0", "error: --samples must be at least 1, got 0"),
+        ("codes --replicates 1", "error: --replicates must be at least 2, for a standard error, got 1"),
+        ("codes --image-size 30", "error: --image-size must be divisible by 4, the pixels per token, got 30"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(finished, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments.format(finished=finished, none=tmp_path / "none").split(), "--out", str(tmp_path / "out")])
+    assert str(stopped.value).startswith(message)
+    assert "\n" not in str(stopped.value)
