@@ -13,13 +13,17 @@ from mmgen_kernels.philox.ops import fold_in, philox_integers, philox_normal, ph
 from mmgen_kernels.schedule.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from mmgen_kernels.schedule.ops import (
     HybridLoss,
+    UnmaskOutput,
     add_noise,
     diffusion_loss,
     guidance,
     hybrid_loss,
     loss_weight,
     scheduler_step,
+    unmask_step,
+    vq_diffusion_step,
 )
+from mmgen_kernels.schedule.planner.discrete import masking_table, transition_table
 from mmgen_kernels.schedule.planner.hybrid import hybrid_table
 from mmgen_kernels.vq.ops import (
     CodeEntropy,
@@ -47,6 +51,7 @@ __all__ = [
     "HybridLoss",
     "KMeansOutput",
     "RVQOutput",
+    "UnmaskOutput",
     "VQOutput",
     "adaln",
     "adaln_attention",
@@ -69,6 +74,7 @@ __all__ = [
     "joint_attention",
     "kmeans",
     "loss_weight",
+    "masking_table",
     "nearest_code",
     "nn",
     "patch",
@@ -81,10 +87,13 @@ __all__ = [
     "rope_table",
     "scheduler_step",
     "schedulers",
+    "transition_table",
+    "unmask_step",
     "update_codebook_ema_",
     "update_ema",
     "use_backend",
     "vector_quantize",
+    "vq_diffusion_step",
 ]
 
 backends.load_library()

@@ -35,6 +35,11 @@ def philox_normal(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.stack(pairs, -1).flatten(-3)[..., :count].reshape(shape).to(dtype)
 
 
+def philox_exponential(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """-ln u, u = (word + 1/2) / 2^32, of each element: standard exponentials, from 2^-33 to 22.9."""
+    return -log_uniform(philox_integers(key, shape)).to(dtype)
+
+
 def fold_in(key: Tensor, i: Tensor) -> Tensor:
     w = words(torch.stack((key[..., 0], key[..., 1] + i), -1), 1)[..., 0, :]  # (*batch, 4)
     return torch.stack((w[..., 0] | (w[..., 1] << 32), w[..., 2] | (w[..., 3] << 32)), -1)
@@ -42,9 +47,7 @@ def fold_in(key: Tensor, i: Tensor) -> Tensor:
 
 def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """R cos(2 pi v), R sin(2 pi v) with R = sqrt(-2 ln u), u = (radius + 1/2) / 2^32, v = (angle + 1/2) / 2^32, in fp64."""
-    # ln u from the distance to 1 where u is near 1
-    near_one = torch.log1p(((LOW - radius).double() + 0.5) * -(2.0**-32))
-    r = (-2 * torch.where(radius >= 2**31, near_one, torch.log((radius.double() + 0.5) * 2.0**-32))).sqrt()
+    r = (-2 * log_uniform(radius)).sqrt()
     # 2 pi v is `quadrant` right angles and x in [-pi/4, pi/4)
     turned = angle + 2**29
     quadrant = (turned >> 30) & 3
@@ -54,6 +57,13 @@ def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.where(odd, sine, cosine) * torch.where((quadrant == 1) | (quadrant == 2), -r, r)
     second = torch.where(odd, cosine, sine) * torch.where(quadrant >= 2, -r, r)
     return first, second
+
+
+def log_uniform(word: Tensor) -> Tensor:
+    """ln u with u = (word + 1/2) / 2^32, in fp64."""
+    # from the distance to 1 where u is near 1
+    near_one = torch.log1p(((LOW - word).double() + 0.5) * -(2.0**-32))
+    return torch.where(word >= 2**31, near_one, torch.log((word.double() + 0.5) * 2.0**-32))
 
 
 def words(key: Tensor, blocks: int) -> Tensor:

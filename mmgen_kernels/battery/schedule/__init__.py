@@ -1,5 +1,12 @@
 """Cases of the family's operators and of their backwards."""
 
-from mmgen_kernels.battery.schedule import add_noise, diffusion_loss, guidance, hybrid_loss, scheduler_step
+from mmgen_kernels.battery.schedule import add_noise, diffusion_loss, discrete, guidance, hybrid_loss, scheduler_step
 
-CASES = [*scheduler_step.CASES, *guidance.CASES, *add_noise.CASES, *diffusion_loss.CASES, *hybrid_loss.CASES]
+CASES = [
+    *scheduler_step.CASES,
+    *guidance.CASES,
+    *add_noise.CASES,
+    *diffusion_loss.CASES,
+    *hybrid_loss.CASES,
+    *discrete.CASES,
+]

@@ -47,21 +47,26 @@ def check_coefficients(coefficients: Tensor, step: int | Tensor, inputs: Sequenc
             f"coefficients must be (steps, {rows}, {columns}) with 1 to {MAX_OUTPUTS} outputs for {len(inputs)} inputs, "
             f"got shape {tuple(shape)}"
         )
+    check_step("coefficients", coefficients, step, "inputs[0]", like)
+    return outputs
+
+
+def check_step(name: str, table: Tensor, step: int | Tensor, like_name: str, like: Tensor) -> None:
+    """A row of a table: on the host, or an index, or one for each sample, which with the table is where `like` is."""
     if isinstance(step, Tensor):
         if step.dtype != torch.int64:
             raise TypeError(f"step must be an int or an int64 tensor, got {step.dtype}")
         if tuple(step.shape) not in ((), tuple(like.shape[:1])):
             samples = tuple(like.shape[:1])
             raise ValueError(f"step must be a scalar or one index per sample {samples}, got shape {tuple(step.shape)}")
-        check_device("step", step, "inputs[0]", like)
-        check_device("coefficients", coefficients, "inputs[0]", like)
+        check_device("step", step, like_name, like)
+        check_device(name, table, like_name, like)
     elif not isinstance(step, (int, torch.SymInt)) or isinstance(step, bool):
         raise TypeError(f"step must be an int or an int64 tensor, got {type(step).__name__}")
-    elif not 0 <= step < shape[0]:
-        raise ValueError(f"step must be in [0, {shape[0]}), got {step}")
-    elif not coefficients.is_cpu:
-        check_device("coefficients", coefficients, "inputs[0]", like)
-    return outputs
+    elif not 0 <= step < len(table):
+        raise ValueError(f"step must be in [0, {len(table)}), got {step}")
+    elif not table.is_cpu:
+        check_device(name, table, like_name, like)
 
 
 def split_noise(
