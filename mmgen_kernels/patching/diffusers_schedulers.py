@@ -158,6 +158,12 @@ def replacements(scheduler: Any, noise: str) -> dict[str, Method]:
     return found
 
 
+def considered(scheduler: Any, verify: bool, noise: str) -> tuple[list[str], dict[str, Method], dict[str, list[str]]]:
+    """Reasons to leave it alone, what replaces which method, and the methods that are left, with reasons."""
+    reasons = reasons_against(scheduler, verify)
+    return reasons, {} if reasons else replacements(scheduler, noise), {}
+
+
 # -- verification -----------------------------------------------------------------------------------------------------
 
 

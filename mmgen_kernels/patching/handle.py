@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from mmgen_kernels.checks import check_choice
-from mmgen_kernels.patching import diffusers_schedulers
-from mmgen_kernels.patching.diffusers_schedulers import Step, schedulers_in
+from mmgen_kernels.patching import diffusers_schedulers, gaussian_diffusion
+from mmgen_kernels.patching.diffusers_schedulers import Method, schedulers_in
+from mmgen_kernels.patching.gaussian_diffusion import diffusions_in
 from mmgen_kernels.patching.rule import Forward, Rule
 from mmgen_kernels.patching.verification import differences
 from mmgen_kernels.schedule.schedulers.noise import NOISES
@@ -18,7 +20,7 @@ from mmgen_kernels.schedule.schedulers.noise import NOISES
 
 @dataclass(frozen=True)
 class Replaced:
-    """A module or scheduler that runs our code now."""
+    """A module, scheduler or diffusion that runs our code now."""
 
     name: str  # qualified name within the patched object
     kind: str  # its class
@@ -29,7 +31,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Kept:
-    """A module that a rule knows and that stays as it is."""
+    """What a rule knows and what stays as it is: a module, a scheduler, a diffusion or one of its methods."""
 
     name: str
     kind: str
@@ -44,7 +46,7 @@ class Handle:
         self.replaced: list[Replaced] = []
         self.kept: list[Kept] = []
         self._patched: list[tuple[str, nn.Module, Forward]] = []
-        self._methods: list[tuple[str, Any, str, Any]] = []  # of schedulers: name, object, method, what is in its place
+        self._methods: list[tuple[str, Any, str, Any]] = []  # of objects: name, object, method, what is in its place
         self._reverted = False
 
     def __enter__(self) -> Handle:
@@ -115,8 +117,11 @@ def patch_with(
             raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     rules = [rule for rule in rules if rule.family in wanted]
     modules = list(_modules("", object, set()))
-    schedulers = list(schedulers_in(object)) if "schedule" in wanted else []
-    if not modules and not schedulers:
+    objects: list[tuple[str, Any, ModuleType]] = []
+    if "schedule" in wanted:
+        objects += [(name, scheduler, diffusers_schedulers) for name, scheduler in schedulers_in(object)]
+        objects += [(name, diffusion, gaussian_diffusion) for name, diffusion in diffusions_in(object)]
+    if not modules and not objects:
         raise TypeError(f"object must be an nn.Module or a scheduler, or hold some, got {type(object).__name__} without any")
     handle = Handle()
     below_kept: set[int] = set()
@@ -130,8 +135,8 @@ def patch_with(
             adopted = _consider(handle, rule, name or type(module).__name__, module, verify)
             if rule.encloses and not adopted:
                 below_kept |= {id(child) for child in module.modules()}
-        for name, scheduler in schedulers:
-            _consider_scheduler(handle, name, scheduler, verify, noise)
+        for name, found, rules_of_objects in objects:
+            _consider_object(handle, rules_of_objects, name, found, verify, noise)
         if strict:
             _demand(handle)
     except BaseException:
@@ -164,18 +169,22 @@ def _consider(handle: Handle, rule: Rule, name: str, module: nn.Module, verify: 
     return True
 
 
-def _consider_scheduler(handle: Handle, name: str, scheduler: Any, verify: bool, noise: str) -> None:
-    kind = type(scheduler).__name__
-    if isinstance(vars(scheduler).get("step"), Step):
+def _consider_object(handle: Handle, rules: ModuleType, name: str, object: Any, verify: bool, noise: str) -> None:
+    """As `_consider`, of an object whose methods are replaced one by one."""
+    kind = type(object).__name__
+    if any(isinstance(value, Method) for value in vars(object).values()):
         handle.kept.append(Kept(name, kind, ("already patched, and left as it is",), already_patched=True))
         return
-    if reasons := diffusers_schedulers.reasons_against(scheduler, verify):
+    reasons, methods, left = rules.considered(object, verify, noise)
+    if reasons:
         handle.kept.append(Kept(name, kind, tuple(reasons)))
-        return
-    for method, ours in diffusers_schedulers.replacements(scheduler, noise).items():
-        setattr(scheduler, method, ours)
-        handle._methods.append((name, scheduler, method, ours))
-    handle.replaced.append(Replaced(name, kind, diffusers_schedulers.BY, diffusers_schedulers.FALLS_BACK_WHEN, verify))
+    for method, ours in methods.items():
+        setattr(object, method, ours)
+        handle._methods.append((name, object, method, ours))
+    if methods:
+        handle.replaced.append(Replaced(name, kind, rules.BY, rules.FALLS_BACK_WHEN, verify))
+    for method, reasons in left.items():
+        handle.kept.append(Kept(f"{name}.{method}", kind, tuple(reasons)))
 
 
 def _demand(handle: Handle) -> None:

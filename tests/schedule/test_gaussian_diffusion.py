@@ -291,7 +291,7 @@ def test_philox():
     assert same_bits(runs[0][:1], runs[2][:1])  # at t = 0 there is none
     torch.manual_seed(3)
     terms = d.training_losses(model, pictures(), t)
-    z = d.noised(pictures(), t, None)[1]
+    z = d.process.noised(pictures(), t, None)[1]
     assert terms["loss"].isfinite().all() and abs(float(z.mean())) < 0.2 and abs(float(z.std()) - 1) < 0.2
 
 

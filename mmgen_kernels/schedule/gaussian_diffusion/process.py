@@ -14,7 +14,6 @@ from mmgen_kernels.schedule.gaussian_diffusion.kinds import LossType, ModelMeanT
 from mmgen_kernels.schedule.gaussian_diffusion.spacing import get_named_beta_schedule, space_timesteps, spaced_betas
 from mmgen_kernels.schedule.gaussian_diffusion.steps import Kwargs, Limits, Model, Process, loop
 from mmgen_kernels.schedule.gaussian_diffusion.tables import Tables
-from mmgen_kernels.schedule.ops import add_noise
 from mmgen_kernels.schedule.schedulers.noise import NOISES
 
 Function = Callable[..., Tensor] | None
@@ -95,15 +94,7 @@ class GaussianDiffusion:
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t of x_0 (B, C, ...) and t (B,), noise like x_start."""
-        return self.noised(x_start, t, noise)[0]
-
-    def noised(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x_t and its noise."""
-        if noise is None:
-            noise = torch.randn_like(x_start) if self.process.noise == "torch" else self.process.draw(x_start)
-        wide = torch.promote_types(x_start.dtype, torch.float32)
-        noise = noise.to(wide) if noise.is_floating_point() else noise
-        return add_noise(x_start.to(wide), noise, t, table=self.tables.on(x_start.device, "alphas_cumprod"))
+        return self.process.noised(x_start, t, noise)[0]
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and its logarithm of x_t, given x_0; of x_start's shape."""
@@ -272,7 +263,7 @@ class GaussianDiffusion:
             t: (B,), int64.
             noise: like x_start; drawn if None.
         """
-        x_t, noise = self.noised(x_start, t, noise)
+        x_t, noise = self.process.noised(x_start, t, noise)
         m, v, _ = self.ask(model, x_t, t, model_kwargs)
         return losses.training(self.process, self.loss_type, x_start, x_t, t, noise, m, v)
 
@@ -288,7 +279,7 @@ class GaussianDiffusion:
         found: list[tuple[Tensor, ...]] = []
         for i in range(self.num_timesteps - 1, -1, -1):
             t = torch.full((len(x_start),), i, device=x_start.device)
-            x_t, noise = self.noised(x_start, t, None)
+            x_t, noise = self.process.noised(x_start, t, None)
             with torch.no_grad():
                 out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
                 found.append(losses.bpd_terms(self.process, out, x_start, x_t, t, noise))

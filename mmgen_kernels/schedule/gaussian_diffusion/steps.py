@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmgen_kernels.schedule.gaussian_diffusion.kinds import ModelMeanType
 from mmgen_kernels.schedule.gaussian_diffusion.tables import Tables
-from mmgen_kernels.schedule.ops import scheduler_step
+from mmgen_kernels.schedule.ops import add_noise, scheduler_step
 
 Model = Callable[..., Any]
 Kwargs = Mapping[str, Any] | None
@@ -74,6 +74,13 @@ class Process:
         if self.noise == "torch":
             return torch.randn_like(x)
         return torch.randint(-(2**63), 2**63 - 1, (len(x), 2), device=x.device)
+
+    def noised(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x_t and its noise, which is drawn where there is none."""
+        noise = self.draw(x_start) if noise is None else noise
+        wide = torch.promote_types(x_start.dtype, torch.float32)
+        noise = noise.to(wide) if noise.is_floating_point() else noise
+        return add_noise(x_start.to(wide), noise, t, table=self.tables.on(x_start.device, "alphas_cumprod"))
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
