@@ -28,6 +28,7 @@ BY = "mk.GaussianDiffusion"
 FALLS_BACK_WHEN = (
     "an argument is given that only this script's method has, or cond_fn",
     "tensors are no floats, t is not (B,) of int64, or the model's output has another shape than the variances ask for",
+    "the losses are to be differentiated by x_start or noise, or these are of 16 bits",
     "a method or a table was replaced on the instance after mk.patch",
 )
 KINDS = {"model_mean_type": ModelMeanType, "model_var_type": ModelVarType, "loss_type": LossType}
@@ -186,7 +187,11 @@ class TrainingLosses(DiffusionMethod):
 
     def serves(self, model: Any, x_start: Any, t: Any, noise: Any = None, model_kwargs: Any = None) -> bool:  # type: ignore[override]
         known = are_samples(x_start, t) and (noise is None or are_alike(noise, x_start))
-        return known and not is_wrapped(model, self.wrapper)
+        if not known or is_wrapped(model, self.wrapper):
+            return False
+        # in 16 bits stock takes 0.999, the edge of the last level, for 1; and our loss has no gradients of these
+        given = (x_start,) if noise is None else (x_start, noise)
+        return not any(x.requires_grad or x.dtype not in (torch.float32, torch.float64) for x in given)
 
     def fused(  # type: ignore[override]
         self,
@@ -200,8 +205,7 @@ class TrainingLosses(DiffusionMethod):
         output = self.asked(model, x_t, t, model_kwargs)
         if self.refuses(x_t, output):
             return self.stock(lambda *args, **kwargs: output, x_start, t, model_kwargs=model_kwargs, noise=noise)
-        m, v = self.process.split(x_t, output)
-        return losses.training(self.process, self.loss_type, x_start, x_t, t, noise, m, v)
+        return losses.training(self.process, self.loss_type, output, x_start, x_t, t, noise)
 
 
 METHODS: dict[str, type[DiffusionMethod]] = {

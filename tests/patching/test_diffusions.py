@@ -34,13 +34,14 @@ def made(kind=Spaced, mean="EPSILON", variance="LEARNED_RANGE", loss="MSE", beta
 
 
 class Model(torch.nn.Module):
-    def __init__(self, learned=True):
+    def __init__(self, learned=True, near=None):
         super().__init__()
-        self.weight, self.learned, self.told = torch.nn.Parameter(torch.tensor([0.9, 0.01])), learned, []
+        self.weight, self.learned, self.told, self.near = torch.nn.Parameter(torch.tensor([0.9, 0.01])), learned, [], near
 
     def forward(self, x, t, y=0.1):
         self.told.append(t)
         m = self.weight[0] * torch.tanh(x) + self.weight[1] * t.view(-1, 1, 1, 1) + y
+        m = m if self.near is None else self.near + 0.02 * m
         return torch.cat((m, torch.sin(x)), 1) if self.learned else m
 
 
@@ -57,8 +58,9 @@ def results(diffusion, learned=True):
     found = {"x_t": diffusion.q_sample(x, t)}
     for name in ("p_sample", "ddim_sample", "ddim_reverse_sample"):
         found |= {f"{name} {key}": value for key, value in getattr(diffusion, name)(model, x, t, **kwargs).items()}
-    terms = diffusion.training_losses(model, x.clamp(-1, 1), t, **kwargs)
-    found |= terms | {"gradient": torch.autograd.grad(terms["loss"].mean(), model.weight)[0]}
+    student = Model(learned, None if diffusion.model_mean_type.name == "EPSILON" else x.clamp(-1, 1))
+    terms = diffusion.training_losses(student, x.clamp(-1, 1), t, **kwargs)
+    found |= terms | {"gradient": torch.autograd.grad(terms["loss"].mean(), student.weight)[0]}
     found["ancestral"] = diffusion.p_sample_loop(model, SHAPE, device="cpu", clip_denoised=True, **kwargs)
     found["ddim"] = diffusion.ddim_sample_loop(model, SHAPE, noise=x, eta=0.3, device="cpu", **kwargs)
     found["told"] = torch.cat([t.double() for t in model.told])
@@ -193,6 +195,18 @@ def test_calls_that_stock_serves():
             torch.manual_seed(1)
             found = call(diffusion)["sample"]
         assert same_bits(found, expected) and not launches.of("scheduler_step") and not launches.of("add_noise"), name
+
+
+@pytest.mark.parametrize("change", (torch.Tensor.bfloat16, lambda x: x.clone().requires_grad_()), ids=("16 bits", "learned"))
+def test_data_of_which_stock_makes_the_losses(change):
+    """But for their x_t: that is q_sample's, which is ours."""
+    diffusion, x, t, model = made(), change(numbers(1).clamp(-1, 1)), torch.tensor([0, 3, 9, 19]), Model()
+    z = numbers(2).to(x.dtype)
+    expected = diffusion.training_losses(model, x, t, noise=z)["loss"]
+    with mk.patch(diffusion, strict=True), Launches() as launches:
+        found = diffusion.training_losses(model, x, t, noise=z)["loss"]
+    assert not launches.of("hybrid_loss") and found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_stock_refuses_is_refused_alike():

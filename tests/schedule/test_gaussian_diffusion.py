@@ -51,10 +51,12 @@ def pictures(seed=1, shape=SHAPE, dtype=torch.float64):
 
 
 class Model(torch.nn.Module):
-    """A function of what it is told, in x's dtype."""
+    """A function of what it is told, in x's dtype; around `near`, as models are: far from the data, the first term of the bound is
+    a difference of numbers near 1 in the formulas as they stand."""
 
-    def __init__(self, variance, dtype=torch.float64):
+    def __init__(self, variance, dtype=torch.float64, near=None):
         super().__init__()
+        self.near = near
         self.weight = torch.nn.Parameter(torch.tensor([0.7, 0.2, -0.3], dtype=dtype))
         self.learned, self.told = of(variance).startswith("LEARNED"), []
 
@@ -63,6 +65,7 @@ class Model(torch.nn.Module):
         assert t.shape == x.shape[:1]
         time = t.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) / T
         m = self.weight[0] * torch.tanh(x) + self.weight[1] * time + shift
+        m = m if self.near is None else self.near + 0.02 * m
         return torch.cat((m, torch.sin(3 * x) * self.weight[2] - 0.5), 1) if self.learned else m
 
 
@@ -110,7 +113,7 @@ def test_every_loss(mean, variance, loss, respacing):
     x, t, noise = pictures(), timesteps(d), numbers(4)
     found, expected = [], []
     for diffusion, results in ((d, found), (stock, expected)):
-        model = Model(variance)
+        model = Model(variance, near=None if mean.name == "EPSILON" else x)
         terms = diffusion.training_losses(model, x, t, {"shift": 0.2}, noise=noise)
         terms["loss"].sum().backward()
         results += [terms, model.weight.grad]
@@ -209,11 +212,12 @@ def test_rounding(name, mean, dtype):
     def results(diffusion, x):
         torch.manual_seed(6)
         z = torch.randn(shape, generator=torch.Generator().manual_seed(8)).to(x.dtype)
-        more = {"noise": z} if name == "training_losses" else {}
+        more, near = ({"noise": z}, x) if name == "training_losses" else ({}, None)
+        model = Model("LEARNED_RANGE", x.dtype, near=None if mean.name == "EPSILON" else near)
         drawn = torch.randn_like
         torch.randn_like = lambda like: torch.randn(like.shape).to(like.dtype)  # fp64 draws other normals
         try:
-            return getattr(diffusion, name)(Model("LEARNED_RANGE", x.dtype), x, t, model_kwargs={"shift": 0.0}, **more)
+            return getattr(diffusion, name)(model, x, t, model_kwargs={"shift": 0.0}, **more)
         finally:
             torch.randn_like = drawn
 
@@ -222,11 +226,7 @@ def test_rounding(name, mean, dtype):
     plain, found = results(stock, x), results(d, x)
     for key in truth:
         assert found[key].dtype == plain[key].dtype
-        exact = truth[key].detach()
-        if dtype == torch.bfloat16:  # the model's own roundings are in both
-            torch.testing.assert_close(found[key].double(), plain[key].double(), rtol=2e-2, atol=2e-2 * float(exact.abs().max()))
-            continue
-        wrong = tolerance.failure(f"{name} {key}", found[key], plain[key], exact)[1]
+        wrong = tolerance.failure(f"{name} {key}", found[key], plain[key], truth[key].detach())[1]
         assert wrong is None, wrong
 
 

@@ -120,16 +120,16 @@ class GaussianDiffusion:
         model_kwargs: Kwargs = None,
     ) -> dict[str, Any]:
         """What the model makes of x_{t-1}: mean, variance, log_variance, pred_xstart; "extra" is what it returns besides."""
-        m, v, extra = self.ask(model, x, t, model_kwargs)
+        output, extra = self.ask(model, x, t, model_kwargs)
+        m, v = self.process.split(x, output)
         mean, clean = self.process.means(x, m, t, Limits(clip_denoised, denoised_fn))
         variance, log_variance = self.process.variances(x, t, v)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": clean, "extra": extra}
 
-    def ask(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Kwargs) -> tuple[Tensor, Tensor | None, Any]:
-        """The model's prediction, what it says of the variance, and what it returns besides."""
+    def ask(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Kwargs) -> tuple[Tensor, Any]:
+        """The model's output, and what it returns besides."""
         output = model(x, self.process.told(t), **(model_kwargs or {}))
-        output, extra = output if isinstance(output, tuple) else (output, None)
-        return *self.process.split(x, output), extra
+        return output if isinstance(output, tuple) else (output, None)
 
     def condition_mean(
         self, cond_fn: Callable[..., Tensor], p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Kwargs = None
@@ -165,7 +165,7 @@ class GaussianDiffusion:
             clip_denoised: the predicted x_0 is clamped to [-1, 1], after `denoised_fn` has had it.
             cond_fn: ``cond_fn(x, t, **model_kwargs)``, a gradient of log p(y | x), which the variance times moves the mean.
         """
-        m, v, _ = self.ask(model, x, t, model_kwargs)
+        m, v = self.process.split(x, self.ask(model, x, t, model_kwargs)[0])
         z = self.process.draw(x)
         gradient = None if cond_fn is None else cond_fn(x, self.process.told(t), **(model_kwargs or {}))
         sample, clean = self.process.ancestral(x, m, t, z, v, Limits(clip_denoised, denoised_fn), gradient)
@@ -205,7 +205,7 @@ class GaussianDiffusion:
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
         """One step of DDIM; arguments and result as `p_sample`. eta: 0 is deterministic, 1 draws as much noise as `p_sample`."""
-        m, _, _ = self.ask(model, x, t, model_kwargs)
+        m, _ = self.process.split(x, self.ask(model, x, t, model_kwargs)[0])
         gradient = None if cond_fn is None else cond_fn(x, self.process.told(t), **(model_kwargs or {}))
         z = self.process.draw(x)
         sample, clean = self.process.ddim(x, m, t, z, eta, Limits(clip_denoised, denoised_fn), gradient)
@@ -225,7 +225,7 @@ class GaussianDiffusion:
         """One step of DDIM towards noise: "sample" is x_{t+1}. eta must be 0."""
         if eta != 0:
             raise ValueError(f"eta must be 0, the way back of a deterministic step, got {eta}")
-        m, _, _ = self.ask(model, x, t, model_kwargs)
+        m, _ = self.process.split(x, self.ask(model, x, t, model_kwargs)[0])
         gradient = None if cond_fn is None else cond_fn(x, self.process.told(t), **(model_kwargs or {}))
         sample, clean = self.process.ddim(x, m, t, None, 0.0, Limits(clip_denoised, denoised_fn), gradient, reverse=True)
         return {"sample": sample, "pred_xstart": clean}
@@ -264,8 +264,9 @@ class GaussianDiffusion:
             noise: like x_start; drawn if None.
         """
         x_t, noise = self.process.noised(x_start, t, noise)
-        m, v, _ = self.ask(model, x_t, t, model_kwargs)
-        return losses.training(self.process, self.loss_type, x_start, x_t, t, noise, m, v)
+        output, _ = self.ask(model, x_t, t, model_kwargs)
+        self.process.split(x_t, output)  # which refuses what has not the channels
+        return losses.training(self.process, self.loss_type, output, x_start, x_t, t, noise)
 
     def calc_bpd_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None
@@ -281,8 +282,8 @@ class GaussianDiffusion:
             t = torch.full((len(x_start),), i, device=x_start.device)
             x_t, noise = self.process.noised(x_start, t, None)
             with torch.no_grad():
-                out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-                found.append(losses.bpd_terms(self.process, out, x_start, x_t, t, noise))
+                output, _ = self.ask(model, x_t, t, model_kwargs)
+                found.append(losses.bpd_terms(self.process, output, x_start, x_t, t, noise, clip_denoised))
         vb, xstart_mse, mse = (torch.stack(of, dim=1) for of in zip(*found, strict=True))
         prior = losses.prior_bpd(self.q_mean_variance(x_start, t.new_full(t.shape, self.num_timesteps - 1)))
         return {"total_bpd": vb.sum(1) + prior, "prior_bpd": prior, "vb": vb, "xstart_mse": xstart_mse, "mse": mse}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels.schedule.gaussian_diffusion.kinds import ModelMeanType, ModelVarType
+from mmgen_kernels.schedule.planner.hybrid import hybrid_table
 
 MOST_TABLES = 64  # kept; each eta has its own, and 1000 steps are 200 kB
 
@@ -87,6 +88,11 @@ class Tables:
         """(T, 2, 4): gives the noise in x_t, given x_0."""
         of, a = self.forms(), column(self.alphas_cumprod)
         return rows(of["nothing"], (of["x"] - a.sqrt() * of["m"]) / (1 - a).sqrt())
+
+    def hybrid(self) -> Tensor:
+        """The table of `mk.hybrid_loss`."""
+        prediction = {"EPSILON": "epsilon", "START_X": "sample", "PREVIOUS_X": "previous"}[self.mean.name]
+        return hybrid_table(self.betas, prediction=prediction, variance=self.variance.name.lower())
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
