@@ -1,11 +1,11 @@
-"""`python -m mmgen demo`, `train`, `train-dit`, `sample`, `train-codes`, `sample-codes` and `codes`."""
+"""`python -m mmgen demo`, `train`, `tokenizers`, `train-dit`, `sample`, `train-codes`, `sample-codes` and `codes`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +14,15 @@ from mmgen.data import DATASETS, DataConfig
 from mmgen.diffusion.objective import TARGETS, TIMES
 from mmgen.models import VQVAEConfig
 from mmgen.models.quantizers import QUANTIZERS
-from mmgen.presets import CodeComparison, CodeExperiment, CodeSamplingConfig, DiTExperiment, Experiment, SamplingConfig
+from mmgen.presets import (
+    CodeComparison,
+    CodeExperiment,
+    CodeSamplingConfig,
+    DiTExperiment,
+    Experiment,
+    ImageExperiment,
+    SamplingConfig,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,10 +45,25 @@ def parser() -> argparse.ArgumentParser:
     add_common(demo, out="runs/demo")
     add_sampling(demo)
 
-    train = tasks.add_parser("train", help="train one VQ-VAE")
+    train = tasks.add_parser("train", help="train one VQ-VAE, VQGAN or KL autoencoder")
     train.set_defaults(task=run_train)
-    train.add_argument("--quantizer", choices=list(QUANTIZERS), help="default: fused")
+    train.add_argument("model", nargs="?", choices=list(presets.AUTOENCODERS), default="vqvae", help="default: vqvae")
     add_common(train, out="runs/train")
+    add = train.add_argument
+    add("--quantizer", choices=list(QUANTIZERS), help="default: fused")
+    add("--attention", action=argparse.BooleanOptionalAction, help="at the lowest resolution")
+    add("--latent-channels", type=int, metavar="D", help="vae: of its latents")
+    add("--kl-weight", type=float, metavar="X", help="vae: of the divergence from a standard normal")
+    add_adversary(train)
+
+    tokenizers = tasks.add_parser("tokenizers", help="VQ-VAE, VQGAN and KL autoencoder of the photographs, compared")
+    tokenizers.set_defaults(task=run_tokenizers)
+    tokenizers.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    for name in ("steps", "batch-size", "image-size"):
+        tokenizers.add_argument(f"--{name}", type=int, metavar="N")
+    add_adversary(tokenizers)
+    add_machine(tokenizers)
+    add_folder(tokenizers, out="runs/tokenizers")
 
     train_dit = tasks.add_parser("train-dit", help="train one DiT on handwritten digits")
     train_dit.set_defaults(task=run_train_dit)
@@ -119,6 +142,20 @@ def add_training(parser: argparse.ArgumentParser, *, out: str) -> None:
     add("--checkpoint-every", type=int, metavar="N", help="steps")
     add("--seed", type=int, metavar="N")
     add_machine(parser)
+    add_folder(parser, out=out)
+
+
+def add_adversary(parser: argparse.ArgumentParser) -> None:
+    """Of VQGANs and KL autoencoders."""
+    add = parser.add_argument
+    add("--perceptual-weight", type=float, metavar="X", help="of the loss of edges")
+    add("--disc-weight", type=float, metavar="X", help="of the discriminator, times the adaptive weight; 0: none")
+    add("--disc-start", type=int, metavar="N", help="steps without its word")
+    add("--disc-warmup", type=int, metavar="N", help="the last of them, in which it learns already")
+
+
+def add_folder(parser: argparse.ArgumentParser, *, out: str) -> None:
+    add = parser.add_argument
     add("--out", type=Path, default=Path(out), metavar="DIR", help=f"default: {out}")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from what --out holds (default)")
 
@@ -143,9 +180,31 @@ def with_options(section: Any, options: dict[str, Any]) -> Any:
 
 def experiment(options: argparse.Namespace) -> Experiment:
     """The dataset's preset with the given options written over it."""
-    preset = presets.folder(options.path) if options.dataset == "folder" else getattr(presets, options.dataset.replace("-", "_"))()
-    data, model, training = (with_options(part, vars(options)) for part in (preset.data, preset.model, preset.training))
-    return Experiment(data, model, training)
+    return with_all_options(dataset_preset(options), vars(options))
+
+
+def dataset_preset(options: argparse.Namespace) -> Experiment:
+    return presets.folder(options.path) if options.dataset == "folder" else getattr(presets, options.dataset.replace("-", "_"))()
+
+
+EXPERIMENT = TypeVar("EXPERIMENT", bound=ImageExperiment)
+
+
+def with_all_options(preset: EXPERIMENT, options: dict[str, Any]) -> EXPERIMENT:
+    """A preset with the given options written over its sections; an option of another kind of model is refused."""
+    refused = options_of_autoencoders() - options_of(preset)
+    for name in sorted(name for name, value in options.items() if value is not None and name in refused):
+        raise ValueError(f"--{name.replace('_', '-')} is no option of this model")
+    data, model, training = (with_options(part, options) for part in (preset.data, preset.model, preset.training))
+    return replace(preset, data=data, model=model, training=training)
+
+
+def options_of(preset: ImageExperiment) -> set[str]:
+    return {field.name for part in (preset.data, preset.model, preset.training) for field in fields(part)}
+
+
+def options_of_autoencoders() -> set[str]:
+    return set().union(*(options_of(kind(presets.photographs())) for kind in presets.AUTOENCODERS.values()))
 
 
 def dit_experiment(options: dict[str, Any]) -> DiTExperiment:
@@ -191,9 +250,17 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from mmgen.tasks.train import train
+    from mmgen.tasks.reconstructions import train_and_show
 
-    train(experiment(options), options.out, device=set_up(options), resume=options.resume)
+    chosen = with_all_options(presets.AUTOENCODERS[options.model](dataset_preset(options)), vars(options))
+    train_and_show(chosen, options.out, device=set_up(options), resume=options.resume)
+
+
+def run_tokenizers(options: argparse.Namespace) -> None:
+    from mmgen.tasks.tokenizers import tokenizers  # matplotlib comes with it
+
+    preset = presets.vqgan(presets.photographs())
+    tokenizers(with_all_options(preset, vars(options)), options.seeds, options.out, device=set_up(options), resume=options.resume)
 
 
 def run_train_dit(options: argparse.Namespace) -> None:

@@ -1,13 +1,21 @@
 """Experiments as plain functions: the starting point that the command line's options change."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from mmgen.data import DataConfig
 from mmgen.diffusion import ObjectiveConfig
 from mmgen.diffusion.codes import AbsorbingConfig
-from mmgen.models import CodeDiffusionConfig, CodeTransformerConfig, DiTConfig, VQVAEConfig
-from mmgen.training import CodeTrainingConfig, DiTTrainingConfig, VQVAETrainingConfig
+from mmgen.models import AutoencoderConfig, AutoencoderKLConfig, CodeDiffusionConfig, CodeTransformerConfig, DiTConfig, VQVAEConfig
+from mmgen.training import (
+    CodeTrainingConfig,
+    DiTTrainingConfig,
+    TrainingConfig,
+    VAETrainingConfig,
+    VQGANTrainingConfig,
+    VQVAETrainingConfig,
+)
 
 
 class Settings:
@@ -19,12 +27,12 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Experiment(Settings):
-    """A VQ-VAE."""
+class ImageExperiment(Settings):
+    """An autoencoder of images."""
 
     data: DataConfig
-    model: VQVAEConfig
-    training: VQVAETrainingConfig
+    model: AutoencoderConfig
+    training: TrainingConfig
 
     def __post_init__(self):
         if self.data.image_size % self.model.downsampling:
@@ -32,6 +40,14 @@ class Experiment(Settings):
                 f"--image-size must be divisible by {self.model.downsampling}, the pixels per token, "
                 f"got {self.data.image_size}"
             )
+
+
+@dataclass(frozen=True)
+class Experiment(ImageExperiment):
+    """A VQ-VAE."""
+
+    model: VQVAEConfig
+    training: VQVAETrainingConfig
 
     @property
     def tokens(self) -> int:
@@ -57,6 +73,39 @@ def folder(path: str) -> Experiment:
 def digits() -> Experiment:
     """32 x 32 digits, 64 tokens each, 2048 per step."""
     return Experiment(DataConfig("digits", image_size=32), VQVAEConfig(in_channels=1), VQVAETrainingConfig(batch_size=32))
+
+
+@dataclass(frozen=True)
+class VQGANExperiment(Experiment):
+    """A VQ-VAE against a discriminator."""
+
+    training: VQGANTrainingConfig
+
+
+@dataclass(frozen=True)
+class VAEExperiment(ImageExperiment):
+    """An autoencoder with Gaussian latents against a discriminator."""
+
+    model: AutoencoderKLConfig
+    training: VAETrainingConfig
+
+
+CHANNELS = (24, 48, 48)  # an eighth of the pixels along each side, where a squared error leaves blur for a discriminator to find
+
+
+def vqgan(base: Experiment) -> VQGANExperiment:
+    """On the data of a VQ-VAE's preset: 64 tokens of a 64 x 64 crop."""
+    model = VQVAEConfig(in_channels=base.model.in_channels, channels=CHANNELS, attention=True, codebook_size=1024)
+    return VQGANExperiment(base.data, model, VQGANTrainingConfig(batch_size=base.training.batch_size))
+
+
+def vae(base: Experiment) -> VAEExperiment:
+    """On the same data, with the same encoder and decoder: latents of 8 x 8 with 4 channels of a 64 x 64 crop."""
+    model = AutoencoderKLConfig(in_channels=base.model.in_channels, channels=CHANNELS, attention=True)
+    return VAEExperiment(base.data, model, VAETrainingConfig(batch_size=base.training.batch_size))
+
+
+AUTOENCODERS: dict[str, Callable[[Experiment], ImageExperiment]] = {"vqvae": lambda base: base, "vqgan": vqgan, "vae": vae}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A convolutional VQ-VAE: encoder, quantizer, decoder.
+"""A convolutional VQ-VAE: encoder, quantizer, decoder. Trained against a discriminator it is the tokenizer of a VQGAN.
 
 Names in the state dict are the field's (taming-transformers, LlamaGen): `encoder`, `decoder`, `quant_conv`,
 `post_quant_conv`, `quantize.embedding.weight`.
@@ -7,19 +7,14 @@ Names in the state dict are the field's (taming-transformers, LlamaGen): `encode
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmgen.models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
 from mmgen.models.quantizers import QUANTIZERS, Quantized
 
 
 @dataclass(frozen=True)
-class VQVAEConfig:
-    in_channels: int = 3
-    patch_size: int = 2  # pixels that the first convolution takes at once and the last gives back
-    channels: tuple[int, ...] = (48, 96)  # one entry per resolution; each further one halves height and width
-    num_res_blocks: int = 1
+class VQVAEConfig(AutoencoderConfig):
     codebook_size: int = 16384
     codebook_dim: int = 8
     l2_normalize: bool = True
@@ -27,18 +22,12 @@ class VQVAEConfig:
     quantizer: str = "fused"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
-        if not self.channels or any(c < 1 or c % NORM_GROUPS for c in self.channels):
-            raise ValueError(f"channels must be positive multiples of {NORM_GROUPS}, got {self.channels}")
-        for name in ("in_channels", "patch_size", "num_res_blocks", "codebook_size", "codebook_dim"):
+        for name in ("codebook_size", "codebook_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per token along each side."""
-        return self.patch_size * 2 ** (len(self.channels) - 1)
 
 
 class Reconstruction(NamedTuple):
@@ -48,77 +37,9 @@ class Reconstruction(NamedTuple):
     latents: Tensor  # (B, D, h, w), what the quantizer was given
 
 
-NORM_GROUPS = 8
+class VQVAE(Autoencoder):
+    config: VQVAEConfig
 
-
-class ResBlock(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # each block starts near the identity: +0.4 dB after 250 steps of the demo
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
-        return x + self.conv2(F.silu(self.norm2(h)))
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution: free of the checkerboard that transposed convolutions start with."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2 H, 2 W)
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: VQVAEConfig):
-        super().__init__()
-        widths = config.channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], config.patch_size, stride=config.patch_size)
-        self.down = nn.Sequential()
-        for i, width in enumerate(widths):
-            if i > 0:
-                self.down.append(nn.Conv2d(widths[i - 1], width, 4, stride=2, padding=1))
-            self.down.extend(ResBlock(width) for _ in range(config.num_res_blocks))
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], widths[-1], 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        h = self.down(self.conv_in(image))  # (B, C, h, w)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: VQVAEConfig):
-        super().__init__()
-        widths = config.channels[::-1]
-        self.conv_in = nn.Conv2d(widths[0], widths[0], 3, padding=1)
-        self.up = nn.Sequential()
-        for i, width in enumerate(widths):
-            if i > 0:
-                self.up.append(Upsample(widths[i - 1], width))
-            self.up.extend(ResBlock(width) for _ in range(config.num_res_blocks))
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[-1])
-        patch = config.patch_size**2
-        self.conv_out = nn.Conv2d(widths[-1], config.in_channels * patch, 3, padding=1)
-        with torch.no_grad():
-            # The pixels of a patch start equal, so that there is no checkerboard to unlearn (ICNR, Aitken et al. 2017).
-            for parameter in self.conv_out.parameters():
-                parameter.copy_(parameter[::patch].repeat_interleave(patch, dim=0))
-        self.unpatch = nn.PixelShuffle(config.patch_size)
-
-    def forward(self, h: Tensor) -> Tensor:
-        h = self.up(self.conv_in(h))  # (B, C, H / patch_size, W / patch_size)
-        return self.unpatch(self.conv_out(F.silu(self.norm_out(h))))  # (B, in_channels, H, W)
-
-
-class VQVAE(nn.Module):
     def __init__(self, config: VQVAEConfig):
         super().__init__()
         self.config = config
@@ -132,19 +53,10 @@ class VQVAE(nn.Module):
 
     def latents(self, image: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> latents before quantization, (B, D, h, w)."""
-        step = self.config.downsampling
-        if image.dim() != 4 or image.shape[1] != self.config.in_channels:
-            raise ValueError(f"image must be (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}")
-        if image.shape[2] % step or image.shape[3] % step:
-            raise ValueError(f"image must have height and width divisible by {step}, got {tuple(image.shape[2:])}")
-        return self.quant_conv(self.encoder(image))
+        return self.moments(image)
 
     def encode(self, image: Tensor) -> Quantized:
         return self.quantize(self.latents(image))
-
-    def decode(self, quantized: Tensor) -> Tensor:
-        """Codes (B, D, h, w) -> images (B, C, H, W)."""
-        return self.decoder(self.post_quant_conv(quantized))
 
     def decode_code(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) -> images (B, C, H, W)."""

@@ -8,16 +8,27 @@ from typing import Any, TypeVar
 import torch
 
 from mmgen.data import labelled_digits, load
-from mmgen.models import VQVAE, CodeDiffusion, CodeTransformer, DiT, VQVAEConfig
-from mmgen.presets import CodeDiffusionExperiment, CodeExperiment, DiTExperiment, Experiment
-from mmgen.training import CausalCodeTrainer, CodeDiffusionTrainer, CodeTrainer, DiTTrainer, Trainer, VQVAETrainer, checkpoint
+from mmgen.models import VQVAE, AutoencoderKL, CodeDiffusion, CodeTransformer, DiT, VQVAEConfig
+from mmgen.presets import CodeDiffusionExperiment, CodeExperiment, DiTExperiment, Experiment, VAEExperiment, VQGANExperiment
+from mmgen.training import (
+    CausalCodeTrainer,
+    CodeDiffusionTrainer,
+    CodeTrainer,
+    DiTTrainer,
+    Trainer,
+    VAETrainer,
+    VQGANTrainer,
+    VQVAETrainer,
+    checkpoint,
+)
 
 
 def trainer(experiment: Experiment, folder: Path, device: torch.device) -> VQVAETrainer:
-    """Model, data and optimizer of an experiment, the last checkpoint in `folder` loaded if there is one."""
+    """Model, data and optimizers of a VQ-VAE or a VQGAN, the last checkpoint in `folder` loaded if there is one."""
     data = load(experiment.data, experiment.training.seed)
     torch.manual_seed(experiment.training.seed)
-    return VQVAETrainer(
+    kind = VQGANTrainer if isinstance(experiment, VQGANExperiment) else VQVAETrainer
+    return kind(
         VQVAE(experiment.model),
         data,
         experiment.training,
@@ -31,6 +42,19 @@ def train(experiment: Experiment, folder: Path, *, device: torch.device, resume:
     if not resume:
         start_over(folder)
     return finished(trainer(experiment, folder, device))
+
+
+def vae_trainer(experiment: VAEExperiment, folder: Path, device: torch.device) -> VAETrainer:
+    data = load(experiment.data, experiment.training.seed)
+    torch.manual_seed(experiment.training.seed)
+    model = AutoencoderKL(experiment.model)
+    return VAETrainer(model, data, experiment.training, folder, settings=experiment.settings, device=device)
+
+
+def train_vae(experiment: VAEExperiment, folder: Path, *, device: torch.device, resume: bool = True) -> VAETrainer:
+    if not resume:
+        start_over(folder)
+    return finished(vae_trainer(experiment, folder, device))
 
 
 def dit_trainer(experiment: DiTExperiment, folder: Path, device: torch.device) -> DiTTrainer:

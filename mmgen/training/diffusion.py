@@ -13,10 +13,9 @@ import mmgen_kernels as mk
 from mmgen.data import LabelledData
 from mmgen.diffusion import Objective, ObjectiveConfig
 from mmgen.models import DiT
-from mmgen.training.loop import Trainer, TrainingConfig
+from mmgen.training.loop import WARM, Trainer, TrainingConfig
 
 TRAINED, HELD_OUT = 0, 1  # streams of the seed's key
-WARM = 10  # steps; the average of step n weighs at most n / (n + WARM): a start in noise is soon forgotten
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ What a step does, what is counted and what is told of it is the subclass's: `vqv
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,8 @@ from tqdm import tqdm
 from mmgen.data import StepSampler
 from mmgen.training import checkpoint, log
 from mmgen.training.interruption import deferred_interruption
+
+WARM = 10  # steps; a moving average of step n weighs at most n / (n + WARM): a start in noise is soon forgotten
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,10 @@ class Trainer:
         """Of the progress bar."""
         raise NotImplementedError
 
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """All that is trained."""
+        return self.model.named_parameters()
+
     def state(self) -> dict[str, Any]:
         """What the subclass keeps, for a checkpoint."""
         return {}
@@ -183,7 +189,7 @@ class Trainer:
         wrong = [f"{name} is {record[name]}" for name in self.watched if not math.isfinite(record[name])]
         if not wrong:
             return
-        spoiled = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        spoiled = [name for name, p in self.named_parameters() if not p.isfinite().all()]
         last = checkpoint.latest(self._checkpoints)
         raise FloatingPointError(
             f"step {record['step']}: {', '.join(wrong)}; parameters that are not finite by step {self.step}: "

@@ -1,19 +1,18 @@
 """Training a VQ-VAE: reconstruction and codebook, with the codes that nobody uses revived."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmgen.data import Data
-from mmgen.evaluation import code_counts, evaluate, perplexity, usage
-from mmgen.evaluation.metrics import PIXEL_RANGE
+from mmgen.evaluation import code_counts, decibels, perplexity, usage
 from mmgen.models import VQVAE
-from mmgen.training.loop import Trainer, TrainingConfig
+from mmgen.models.vqvae import Reconstruction
+from mmgen.training.autoencoder import AutoencoderTrainer
+from mmgen.training.loop import TrainingConfig
 from mmgen.training.stopwatch import Stopwatch
 
 
@@ -29,25 +28,12 @@ class VQVAETrainingConfig(TrainingConfig):
     counts: ClassVar[tuple[str, ...]] = (*TrainingConfig.counts, "codebook_window")
 
 
-class VQVAETrainer(Trainer):
+class VQVAETrainer(AutoencoderTrainer):
     """A Trainer of images (B, C, H, W)."""
 
-    watched = ("reconstruction", "vq", "grad_norm")
+    watched: Sequence[str] = ("reconstruction", "vq", "grad_norm")
     model: VQVAE
     config: VQVAETrainingConfig
-
-    def __init__(
-        self,
-        model: VQVAE,
-        data: Data,
-        config: VQVAETrainingConfig,
-        folder: Path,
-        *,
-        settings: dict[str, dict],
-        device: torch.device,
-    ):
-        self.data = data
-        super().__init__(model, data.train, config, folder, settings=settings, device=device)
 
     def prepare(self) -> None:
         codes = self.model.config.codebook_size
@@ -55,19 +41,28 @@ class VQVAETrainer(Trainer):
         self.stopwatch = Stopwatch(self.model.quantize, self.device)
 
     def metrics_of_step(self, image: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        config, model = self.config, self.model
-        out = model(image)
+        out = self.model(image)
+        return self.learned(image, out) | self.counted(out)
+
+    def learned(self, image: Tensor, out: Reconstruction) -> dict[str, Tensor]:
+        """The update, and its losses."""
         reconstruction = F.mse_loss(out.image, image)
         loss = reconstruction + out.vq_loss
         grad_norm = self.update(loss)
-
-        batch_counts = code_counts(out.indices, len(self.window_counts))  # (K,)
-        self.window_counts += batch_counts
-        metrics = {
+        return {
             "loss": loss.detach(),
             "reconstruction": reconstruction.detach(),
             "vq": out.vq_loss.detach(),
             "grad_norm": grad_norm,
+            "psnr": decibels(reconstruction.detach()),
+        }
+
+    def counted(self, out: Reconstruction) -> dict[str, Tensor]:
+        """Which codes were used; those that are not are revived."""
+        config = self.config
+        batch_counts = code_counts(out.indices, len(self.window_counts))  # (K,)
+        self.window_counts += batch_counts
+        metrics = {
             "batch_usage": usage(batch_counts),
             "batch_perplexity": perplexity(batch_counts),
             "window_usage": usage(self.window_counts),
@@ -76,18 +71,15 @@ class VQVAETrainer(Trainer):
         }
         if self._due(config.codebook_window):
             if self.step <= config.revive_until * config.steps:
-                model.quantize.revive_(out.latents, self.window_counts, turn=self.step // config.codebook_window)
+                turn = self.step // config.codebook_window
+                self.model.quantize.revive_(out.latents, self.window_counts, turn=turn)
             self.window_counts.zero_()
         return metrics
 
     def told(self, records: list[dict[str, Any]]) -> None:
         for record, quantizer_ms in zip(records, self.stopwatch.milliseconds(), strict=True):
             record["fingerprint"] = int(record["fingerprint"])
-            record["psnr"] = 10 * math.log10(PIXEL_RANGE**2 / max(record["reconstruction"], 1e-12))
             record["quantizer_ms"] = quantizer_ms
-
-    def scores(self) -> dict[str, float]:
-        return evaluate(self.model, self.data.held_out, batch_size=self.config.batch_size, device=self.device)
 
     def postfix(self, record: dict[str, Any]) -> str:
         return (
