@@ -19,6 +19,7 @@ from mmgen_kernels.schedule.schedulers.classes_sigma import (
     EDMEulerScheduler,
     LMSDiscreteScheduler,
 )
+from mmgen_kernels.schedule.schedulers.classes_solvers import DEISMultistepScheduler, DPMSolverSinglestepScheduler
 
 __all__ = [
     "CMStochasticIterativeScheduler",
@@ -26,7 +27,9 @@ __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",

@@ -34,6 +34,8 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "EulerDiscreteScheduler": {"add_noise": noising.by_sigma, "get_velocity": noising.velocity},
     "EulerAncestralDiscreteScheduler": {"add_noise": noising.by_sigma},
     "DPMSolverMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
+    "DPMSolverSinglestepScheduler": {"add_noise": noising.by_alpha_and_sigma},
+    "DEISMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "UniPCMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "FlowMatchLCMScheduler": {},
     "LMSDiscreteScheduler": {"add_noise": noising.by_sigma},

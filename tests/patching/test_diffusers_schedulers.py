@@ -41,6 +41,10 @@ def assert_near(ours, stock, dtype):
         assert (a - b).abs().max() <= tolerance * max(1, b.abs().max())
 
 
+def off(run, exact):
+    return sum((a - b).square().mean() for a, b in zip(run, exact, strict=True))
+
+
 # -- a twin, so that the rule is tested where diffusers is not ----------------------------------------------------------
 
 
@@ -170,10 +174,11 @@ CONFIGS = [
     {"stochastic_sampling": True},
     {"timestep_spacing": "trailing"},
     {"variance_type": "learned_range"},
-    {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
     {"set_alpha_to_one": False},
     {"sigma_schedule": "exponential"},
     {"clip_denoised": False},
+    # unshifted, a flow's first step magnifies a hundredfold, and stock's fp32 is 5e-5 away from fp64 for it
+    {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0},
 ]
 CASES = [(name, config) for name in DEFAULTS for config in CONFIGS if set(config) <= set(DEFAULTS[name])]
 
@@ -185,8 +190,10 @@ def diffusers():
 
 @pytest.mark.parametrize(("class_name", "config"), CASES, ids=str)
 def test_runs_are_those_of_diffusers(diffusers, class_name, config):
-    if class_name == "DPMSolverMultistepScheduler" and "variance_type" in config:
+    if class_name.startswith("DPMSolver") and "variance_type" in config:
         pytest.skip("it takes three channels of six by their numbers")
+    if class_name == "DEISMultistepScheduler" and "algorithm_type" in config:
+        pytest.skip("it has one algorithm")
     scheduler = getattr(diffusers, class_name)(**config)
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
     expected = [sampled(scheduler, dtype) for dtype in dtypes]
@@ -194,7 +201,12 @@ def test_runs_are_those_of_diffusers(diffusers, class_name, config):
         for dtype, stock in zip(dtypes, expected, strict=True):
             found = sampled(scheduler, dtype)
             compared = 3 if dtype == torch.bfloat16 else 9  # steps: stock rounds every operation to 16 bits
-            assert_near(found[0][:compared], stock[0][:compared], dtype)
+            if dtype == torch.bfloat16 and class_name == "DEISMultistepScheduler" and "use_flow_sigmas" in config:
+                # stock subtracts rounded samples that are magnified tenfold: it is what is far from the run in fp64
+                far, near = (off(run[0], expected[1][0]) for run in (stock, found))
+                assert near <= far / 4
+            else:
+                assert_near(found[0][:compared], stock[0][:compared], dtype)
             assert type(found[1]) is type(stock[1])
             assert [v.dtype for v in found[1].values()] == [v.dtype for v in stock[1].values()]
         assert scheduler.step.fused == scheduler.step.calls == 27

@@ -194,6 +194,48 @@ def dpmsolver(rng):
     return config, late(rng, run, run.get("num_inference_steps", 6))
 
 
+def of_process(rng, config, run, **flow):
+    """A prediction, and a flow's levels or those of a variance preserving process; now and then one beside the other."""
+    config["prediction_type"] = rng.choice(("epsilon", "sample", "v_prediction", "flow_prediction"))
+    if (config["prediction_type"] == "flow_prediction" and rng.random() < 0.9) or rng.random() < 0.1:
+        config |= {"use_flow_sigmas": True, "flow_shift": rng.choice((1.0, 3.0))}
+        if flow and rng.random() < 0.3:
+            config |= flow
+            run["mu"] = rng.uniform(0.3, 1.5)
+        return config, run
+    return config | respacing(rng), run
+
+
+def no_zero_snr(config):
+    return {option: value for option, value in config.items() if option != "rescale_betas_zero_snr"}
+
+
+def deis(rng):
+    config = no_zero_snr(training(rng)) | spaced(rng) | thresholding(rng) | {"lower_order_final": rng.random() < 0.7}
+    config["solver_order"] = rng.randint(1, 3)
+    run = {"num_inference_steps": rng.choice((2, 3, 5, 8, 12, 16))}
+    config, run = of_process(rng, config, run, use_dynamic_shifting=True)
+    return config, late(rng, run, run["num_inference_steps"])
+
+
+def singlestep(rng):
+    config = no_zero_snr(training(rng)) | thresholding(rng) | {"lower_order_final": rng.random() < 0.5}
+    config |= {"solver_order": rng.randint(1, 3), "final_sigmas_type": rng.choice(("zero", "sigma_min"))}
+    config |= {"algorithm_type": rng.choice(("dpmsolver++", "dpmsolver++", "sde-dpmsolver++", "dpmsolver"))}
+    run = {"num_inference_steps": rng.choice((2, 3, 5, 6, 8, 9, 12))}
+    config, run = of_process(rng, config | {"solver_type": rng.choice(("midpoint", "heun"))}, run, use_dynamic_shifting=True)
+    if config["algorithm_type"] == "dpmsolver":
+        config |= {"final_sigmas_type": "sigma_min", "thresholding": False}
+        if config["prediction_type"] == "flow_prediction":
+            config["prediction_type"] = "epsilon"
+    respaced = any(value for option, value in config.items() if option.startswith("use_"))
+    if not respaced and rng.random() < 0.3:
+        run = {"timesteps": descending(rng, 1, config["num_train_timesteps"], 6)}
+    elif not respaced and rng.random() < 0.2:
+        config["lambda_min_clipped"] = -3.0
+    return config, late(rng, run, run.get("num_inference_steps", 6))
+
+
 def unipc(rng):
     config = multistep(rng) | {"solver_type": rng.choice(("bh1", "bh2")), "predict_x0": rng.random() < 0.75}
     config |= {"disable_corrector": rng.choice(([], [], [0], [1, 2]))} | thresholding(rng)
@@ -282,5 +324,7 @@ RANDOM = {
     "LCMScheduler": lcm,
     "TCDScheduler": tcd,
     "CogVideoXDDIMScheduler": cogvideox_ddim,
+    "DEISMultistepScheduler": deis,
+    "DPMSolverSinglestepScheduler": singlestep,
     "FlowMatchLCMScheduler": flow_match_lcm,
 }

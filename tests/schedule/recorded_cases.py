@@ -118,6 +118,33 @@ CASES = {
         ({"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"}, {"num_inference_steps": 7, "begin": 2}),
         (SHORT | {"trained_betas": [0.001 * (j + 1) for j in range(40)], "steps_offset": 1}, FIVE),
     ],
+    "DEISMultistepScheduler": [
+        (SD, FIVE),
+        (SD | {"solver_order": 3, "use_karras_sigmas": True, "lower_order_final": False}, {"num_inference_steps": 7}),
+        (SD | V | {"solver_order": 3, "timestep_spacing": "trailing"}, {"num_inference_steps": 16}),
+        (SD | X0 | {"thresholding": True, "sample_max_value": 1.5, "use_exponential_sigmas": True}, FIVE),
+        (FLOW | {"flow_shift": 3.0}, FIVE),
+        (FLOW | {"use_dynamic_shifting": True, "solver_order": 3}, {"num_inference_steps": 8, "mu": 0.9, "begin": 1}),
+        ({"solver_order": 1, "timestep_spacing": "leading", "steps_offset": 1}, FIVE),
+    ],
+    "DPMSolverSinglestepScheduler": [
+        (SD, FIVE),
+        (SD | {"solver_order": 3, "use_karras_sigmas": True}, {"num_inference_steps": 9}),
+        (SD | {"solver_order": 3, "solver_type": "heun", "final_sigmas_type": "sigma_min"}, {"num_inference_steps": 9}),
+        (
+            SD | V | {"final_sigmas_type": "sigma_min", "solver_type": "heun", "use_exponential_sigmas": True},
+            {"num_inference_steps": 6},
+        ),
+        (X0 | {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3}, {"num_inference_steps": 8}),
+        (SD | {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, {"num_inference_steps": 10}),
+        (
+            SD | {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "solver_order": 3},
+            {"num_inference_steps": 8, "begin": 2},
+        ),
+        (FLOW | {"flow_shift": 3.0}, FIVE),
+        (SD | {"thresholding": True, "sample_max_value": 1.5, "lambda_min_clipped": -3.0}, FIVE),
+        (SD | {"lower_order_final": True}, {"timesteps": [900, 700, 450, 100]}),
+    ],
     "FlowMatchLCMScheduler": [
         ({}, FIVE),
         ({"shift": 3.0}, FIVE | {"shift": 5.0}),

@@ -89,6 +89,7 @@ def test_defaults_are_filled_in_and_the_unknown_is_dropped(class_name):
 FIVE = {"num_inference_steps": 5}
 TRAILING = {"timestep_spacing": "trailing"}
 DPM, UNIPC, FLOW = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
+DEIS, SINGLE = "DEISMultistepScheduler", "DPMSolverSinglestepScheduler"
 REFUSED = [
     ("PNDMScheduler", {}, FIVE, "class_name"),
     ("DDIMScheduler", {}, {}, "num_inference_steps"),
@@ -152,6 +153,23 @@ REFUSED = [
     (UNIPC, {}, {"sigmas": [0.9, 0.1]}, "use_flow_sigmas"),
     (UNIPC, {"use_flow_sigmas": True}, FIVE | {"sigmas": [0.9, 0.1]}, "num_inference_steps"),
     (UNIPC, {"predict_x0": False, "prediction_type": "flow_prediction"}, FIVE, "prediction_type"),
+    (SINGLE, {}, FIVE | {"timesteps": [3, 1]}, "num_inference_steps"),
+    (SINGLE, {"use_beta_sigmas": True}, {"timesteps": [3, 1]}, "use_beta_sigmas"),
+    (SINGLE, {"solver_order": 4}, FIVE, "solver_order"),
+    (SINGLE, {"solver_type": "ralston"}, FIVE, "solver_type"),
+    (SINGLE, {"algorithm_type": "sde-dpmsolver"}, FIVE, "algorithm_type"),
+    (SINGLE, {"algorithm_type": "dpmsolver"}, FIVE, "final_sigmas_type"),
+    (SINGLE, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "thresholding": True}, FIVE, "thresholding"),
+    (DEIS, {}, {}, "num_inference_steps"),
+    (DEIS, {}, FIVE | {"mu": 1.0}, "use_dynamic_shifting"),
+    (DEIS, {"algorithm_type": "unipc"}, FIVE, "algorithm_type"),
+    (DEIS, {"solver_type": "ralston"}, FIVE, "solver_type"),
+    (DEIS, {"prediction_type": "x0"}, FIVE, "prediction_type"),
+    ("TCDScheduler", {}, FIVE | {"eta": 1.5}, "eta"),
+    ("TCDScheduler", {}, {"num_inference_steps": 51}, "num_inference_steps"),
+    ("CogVideoXDDIMScheduler", {}, {}, "num_inference_steps"),
+    ("CogVideoXDDIMScheduler", {}, FIVE | {"eta": 1.0}, "eta"),
+    ("CogVideoXDDIMScheduler", TRAILING | {"rescale_betas_zero_snr": True}, FIVE, "rescale_betas_zero_snr"),
     (FLOW, {}, {}, "num_inference_steps"),
     (FLOW, {}, FIVE | {"sigmas": [0.9, 0.1]}, "length"),
     (FLOW, {"use_dynamic_shifting": True}, FIVE, "mu"),

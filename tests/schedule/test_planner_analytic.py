@@ -16,6 +16,8 @@ SPACE = {
     "TCDScheduler": VP,
     "CogVideoXDDIMScheduler": VP,
     "LMSDiscreteScheduler": EDM,
+    "DEISMultistepScheduler": VP,
+    "DPMSolverSinglestepScheduler": VP,
     "EulerDiscreteScheduler": EDM,
     "EulerAncestralDiscreteScheduler": EDM,
     "DPMSolverMultistepScheduler": VP,
@@ -91,6 +93,9 @@ DETERMINISTIC = [
         for kind in VPS
     ),
     ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_type": "heun"}),
+    *(("DEISMultistepScheduler", {"prediction_type": kind, "solver_order": 1 + j}) for j, kind in enumerate(VPS)),
+    ("DEISMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 3}),
+    *(("DPMSolverSinglestepScheduler", {"prediction_type": kind, "solver_order": 1 + j}) for j, kind in enumerate(VPS)),
     *(("UniPCMultistepScheduler", {"prediction_type": kind, "solver_order": 1 + j}) for j, kind in enumerate(VPS)),
     *(
         ("UniPCMultistepScheduler", {"prediction_type": kind, "predict_x0": False, "final_sigmas_type": "sigma_min"})
@@ -119,6 +124,7 @@ STOCHASTIC = [
     ("EulerAncestralDiscreteScheduler", {"prediction_type": "v_prediction"}, {}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, {}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "solver_type": "heun"}, {}),
+    ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, {}),
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
     ("FlowMatchLCMScheduler", {"shift": 3.0}, {}),
 ]

@@ -15,12 +15,23 @@ def plan_of(record):
     return planner.plan(record["class"], record["config"], planner.Run(**record["run"]), levels=levels_of(record))
 
 
-FITTING = [record for record in RECORDS if len(plan_of(record).inputs) <= INPUTS]  # UniPC's third order has one more
+def used(plan, k):
+    """The inputs that row k looks at, and the sample."""
+    return [n for j, n in enumerate(plan.inputs) if n == "sample" or any(line[j] != 0 for line in plan.rows[k])]
 
 
-def table(plan):
-    """The operator's coefficients: of a learned range it reads the logarithms in a row more."""
+def fits(record):
+    plan = plan_of(record)
+    return all(len(used(plan, k)) <= INPUTS for k in range(len(plan.rows)))
+
+
+FITTING = [record for record in RECORDS if fits(record)]
+
+
+def table(plan, names):
+    """The operator's coefficients of these inputs: of a learned range it reads the logarithms in a row more."""
     rows = torch.tensor(plan.rows, dtype=torch.float64)  # (steps, 1 + outputs, inputs + 2)
+    rows = rows[..., [*map(plan.inputs.index, names), -2, -1]]
     if plan.log_variance is None:
         return rows
     logs = torch.zeros_like(rows[:, :1])
@@ -29,10 +40,10 @@ def table(plan):
 
 
 def step(plan, k, inputs, noise, variance=None):
-    missing = torch.full_like(inputs["sample"], torch.nan)
+    names = used(plan, k)
     outputs = mk.scheduler_step(
-        [inputs.get(name, missing) for name in plan.inputs],
-        table(plan),
+        [inputs[name] for name in names],
+        table(plan, names),
         k,
         noise=noise if plan.draws_noise[k] else None,
         clamp=plan.clamp[1] if plan.clamp is not None else None,

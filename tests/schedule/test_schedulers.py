@@ -94,7 +94,7 @@ def test_16_bits_are_nearer_to_fp64_than_per_operation_rounding_would_be(class_n
         assert (a.double() - b).square().mean().sqrt() <= 2.0**-8 * k * max(e.abs().max() for e in exact[:k])
 
 
-@pytest.mark.parametrize("class_name", ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"))
+@pytest.mark.parametrize("class_name", ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"))
 def test_entering_a_run_in_its_middle(class_name):
     """History and step index are attributes: a copy of the scheduler goes on as the original would have."""
     whole = made(class_name)

@@ -1,9 +1,12 @@
 """What is particular to single classes of mk.schedulers, beside what test_schedulers.py asks of all."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from plan_executor import image
-from test_schedulers import made
+from test_schedulers import made, sampled
 
 from mmgen_kernels.battery.vq.vector_quantize import same_bits
 
@@ -72,3 +75,48 @@ def test_tcd_lands_between_two_timesteps(eta):
     assert same_bits(found.prev_sample, found.pred_noised_sample) == (eta == 0)
     with pytest.raises(ValueError, match=r"eta must be between 0 and 1, got 1\.5"):
         scheduler.step(output, scheduler.timesteps[1], x, eta=1.5)
+
+
+# -- DPM-Solver in groups of steps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "orders", "changed"),
+    [
+        ({"solver_order": 3, "final_sigmas_type": "sigma_min"}, 6, [1, 2, 3, 1, 2, 3], False),
+        ({"solver_order": 3, "final_sigmas_type": "sigma_min"}, 7, [1, 2, 3, 1, 2, 3, 1], True),
+        ({"solver_order": 3, "final_sigmas_type": "sigma_min"}, 8, [1, 2, 3, 1, 2, 3, 1, 2], True),
+        ({"solver_order": 3, "final_sigmas_type": "sigma_min", "lower_order_final": True}, 6, [1, 2, 3, 1, 2, 1], True),
+        ({"solver_order": 3}, 8, [1, 2, 3, 1, 2, 3, 1, 1], True),
+        ({}, 4, [1, 2, 1, 1], True),
+        ({}, 5, [1, 2, 1, 2, 1], True),
+        ({"solver_order": 1}, 3, [1, 1, 1], True),
+    ],
+)
+def test_groups_of_steps(config, steps, orders, changed):
+    scheduler = made("DPMSolverSinglestepScheduler", **config)
+    scheduler.set_timesteps(steps)
+    assert scheduler.order_list == orders and scheduler.config.lower_order_final == changed
+    assert all(m.isfinite().all() for m in sampled(scheduler, steps=steps))
+
+
+def test_entering_a_group_in_its_middle():
+    """What a group began with is an attribute: a copy goes on; a run that begins there begins a group of its own."""
+    config = {"solver_order": 3, "final_sigmas_type": "sigma_min"}
+    expected = sampled(made("DPMSolverSinglestepScheduler", **config))
+    scheduler, x = made("DPMSolverSinglestepScheduler", **config), image(99, (2, 3, 4, 5)).float()
+    scheduler.set_timesteps(6)
+    for k, t in enumerate(scheduler.timesteps):
+        if k in (2, 4):
+            scheduler = pickle.loads(pickle.dumps(copy.deepcopy(scheduler)))
+        x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        assert same_bits(x, expected[k])
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(2)
+    x = image(98, SHAPE).float()
+    assert scheduler.step(torch.tanh(x), scheduler.timesteps[2], x).prev_sample.isfinite().all()
+    assert scheduler.sample is x and scheduler.step_index == 3
+    scheduler.sample = None
+    scheduler._step_index = 4
+    with pytest.raises(ValueError, match="history must hold x1"):
+        scheduler.step(x, scheduler.timesteps[4], x)

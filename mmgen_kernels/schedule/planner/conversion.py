@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mmgen_kernels.schedule.planner.forms import MODEL_OUTPUT, SAMPLE, Form
 
+VARIANCE_PRESERVING = ("epsilon", "sample", "v_prediction")
+
 
 def original(prediction_type: str, alpha: float, sigma: float, known: tuple[str, ...]) -> Form:
     """x0."""

@@ -15,16 +15,13 @@ there, fp64 here. Derived is x0 where it is thresholded, else m0. Outputs: prev_
 
 from __future__ import annotations
 
-import math
-
-import torch
-
-from mmgen_kernels.schedule.planner import betas, conversion, spacing
+from mmgen_kernels.schedule.planner import betas, conversion, solver_levels, spacing
 from mmgen_kernels.schedule.planner import sigmas as sigma_space
 from mmgen_kernels.schedule.planner.clipping import clip
 from mmgen_kernels.schedule.planner.contract import Config, Plan, Run, Schedule
-from mmgen_kernels.schedule.planner.floats import div, exp, expm1, f32, log, sqrt
+from mmgen_kernels.schedule.planner.floats import div, exp, expm1, f32, sqrt
 from mmgen_kernels.schedule.planner.forms import DERIVED, NOISE, SAMPLE, Form, column, matrix
+from mmgen_kernels.schedule.planner.solver_levels import Level
 from mmgen_kernels.schedule.planner.special import phi
 
 TAKES = ("num_inference_steps", "timesteps", "mu", "begin")
@@ -39,15 +36,14 @@ def schedule(config: Config, run: Run) -> Schedule:
         raise ValueError(
             f"one of num_inference_steps and timesteps must be given, got {run.num_inference_steps} and {run.timesteps}"
         )
-    factor = _flow_shift(config, run)
+    factor = solver_levels.flow_shift(config, run)
     alphas = betas.alphas_cumprod(config, terminal=betas.LEAST_ALPHA)
     table = sigma_space.training_sigmas(alphas)
     if run.timesteps is not None:
         times: list[float] = [int(t) for t in run.timesteps]
     else:
-        log_snr = torch.log(torch.sqrt(alphas)) - torch.log(torch.sqrt(1 - alphas))
-        clipped = torch.searchsorted(log_snr.flip(0), config["lambda_min_clipped"]).item()
-        times = [*spacing.above_zero(config, run.num_inference_steps or 0, len(table) - int(clipped))]
+        seen = len(table) - solver_levels.clipped(config, alphas)
+        times = [*spacing.above_zero(config, run.num_inference_steps or 0, seen)]
     sigmas, times = _spaced(config, run, table, times, factor)
     sigmas = [f32(sigma) for sigma in (*sigmas, sigma_space.last_sigma(config, table[0]))]
     return Schedule(tuple(int(t) for t in times), "int64", sigmas=tuple(sigmas))
@@ -61,10 +57,7 @@ def _spaced(config: Config, run: Run, table: list[float], times: list[float], sh
         raise ValueError(f"timesteps cannot be given where {own[0]} decides them, got {run.timesteps}")
     log_table, steps = sigma_space.logs(table), run.num_inference_steps or 0
     if own[:1] == ["use_flow_sigmas"]:
-        n = config["num_train_timesteps"]
-        flow = [1.0 - alpha for alpha in spacing.linspace(1, 1 / n, steps + 1)]
-        sigmas = [shift * s / (1 + (shift - 1) * s) for s in flow][:0:-1]
-        return sigmas, [s * n for s in sigmas]
+        return solver_levels.flow(config, steps, shift)
     if own[:1] == ["use_lu_lambdas"]:
         sigmas = [exp(x) for x in spacing.linspace(log_table[-1], log_table[0], steps)]
     else:
@@ -76,14 +69,6 @@ def _spaced(config: Config, run: Run, table: list[float], times: list[float], sh
     if own[0] in ("use_karras_sigmas", "use_lu_lambdas") and config["beta_schedule"] != "squaredcos_cap_v2":
         times = [round(t) for t in times]
     return sigmas, times
-
-
-def _flow_shift(config: Config, run: Run) -> float:
-    if run.mu is None:
-        return config["flow_shift"]
-    if not config["use_dynamic_shifting"] or config["time_shift_type"] != "exponential":
-        raise ValueError(f"mu is taken where use_dynamic_shifting is set and time_shift_type is exponential, got {run.mu}")
-    return math.exp(run.mu)
 
 
 def plan(config: Config, run: Run, levels: Schedule) -> Plan:
@@ -118,15 +103,6 @@ def plan(config: Config, run: Run, levels: Schedule) -> Plan:
     )
 
 
-class Level:
-    """sample = alpha x0 + sigma noise at a level, and lambda = log(alpha / sigma)."""
-
-    def __init__(self, sigma: float, flow: bool) -> None:
-        self.alpha = 1 - sigma if flow else 1 / sqrt(sigma**2 + 1)
-        self.sigma = sigma if flow else sigma * self.alpha
-        self.log_snr = log(self.alpha) - log(self.sigma)
-
-
 def _most(config: Config, i: int, steps: int) -> int:
     """The greatest order that the last steps allow."""
     few = config["lower_order_final"] and steps < 15
@@ -139,7 +115,7 @@ def _converted(config: Config, algorithm: str, at: Level, thresholded: bool) -> 
     """Derived, and m0 in terms of it."""
     kind, known = config["prediction_type"], PREDICTIONS
     if algorithm.endswith("++"):
-        return conversion.original(kind, at.alpha, at.sigma, (*known, "flow_prediction")), DERIVED
+        return solver_levels.original(config, at), DERIVED
     epsilon = conversion.epsilon(kind, at.alpha, at.sigma, known)
     if not thresholded:
         return epsilon, DERIVED
@@ -150,21 +126,21 @@ def update(algorithm: str, solver: str, near: list[Level], m0: Form) -> Form:
     """x' from the levels (to reach, this one, the ones before: as many as the order) and m0; m1 and m2 are columns."""
     to, at, *before = near
     h = to.log_snr - at.log_snr
-    weights, carried, noise = _weights(algorithm, solver, to, at, h, len(before) + 1)
-    x = carried * SAMPLE + weights[0] * m0
+    of_differences, carried, noise = weights(algorithm, solver, to, at, h, len(before) + 1)
+    x = carried * SAMPLE + of_differences[0] * m0
     if before:
         r0 = div(at.log_snr - before[0].log_snr, h)
         slope = (m0 - column("m1")) / r0
         if len(before) == 2:
             r1 = div(before[0].log_snr - before[1].log_snr, h)
             bend = slope - (column("m1") - column("m2")) / r1
-            x = x + div(weights[2], r0 + r1) * bend
+            x = x + div(of_differences[2], r0 + r1) * bend
             slope = slope + div(r0, r0 + r1) * bend
-        x = x + weights[1] * slope
+        x = x + of_differences[1] * slope
     return x + noise * NOISE if algorithm.startswith("sde") else x
 
 
-def _weights(algorithm: str, solver: str, to: Level, at: Level, h: float, order: int) -> tuple[list[float], float, float]:
+def weights(algorithm: str, solver: str, to: Level, at: Level, h: float, order: int) -> tuple[list[float], float, float]:
     """What D0, D1 and D2, the sample and the noise are multiplied by."""
     a, s, middle = to.alpha, to.sigma, order == 2 and solver == "midpoint"
     if algorithm == "dpmsolver++":

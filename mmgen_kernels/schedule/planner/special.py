@@ -25,6 +25,32 @@ def phi(k: int, z: float) -> float:
     return value
 
 
+def exponential_adams(nodes: list[float], length: float, rate: float) -> list[float]:
+    """
+    What each of the values at the nodes is weighed by in an exponential Adams method: the integrals over 0 <= u <= length of
+    l_j(u) e^(rate u), l_j the Lagrange polynomial that is 1 at nodes[j] and 0 at the others.
+    """
+    moments = [length ** (k + 1) * _moment(k, rate * length) for k in range(len(nodes))]
+    weights = []
+    for j, node in enumerate(nodes):
+        powers, scale = [1.0], 1.0  # the polynomial's coefficients, ascending
+        for other in (*nodes[:j], *nodes[j + 1 :]):
+            powers = [a - other * b for a, b in zip([0.0, *powers], [*powers, 0.0], strict=True)]
+            scale *= node - other
+        weights.append(div(sum(c * m for c, m in zip(powers, moments, strict=True)), scale))
+    return weights
+
+
+def _moment(k: int, z: float) -> float:
+    """The integral over 0 <= v <= 1 of v^k e^(z v). By parts it loses k! / |z|^k of its digits, hence the series."""
+    if abs(z) < 2:
+        return sum(z**j / (math.factorial(j) * (j + k + 1)) for j in range(30))
+    value = div(expm1(z), z)
+    for j in range(1, k + 1):
+        value = (expm1(z) + 1 - j * value) / z
+    return value
+
+
 def beta_ppf(p: float, a: float, b: float) -> float:
     """
     The percent point function of the beta distribution: the x in [0, 1] with I_x(a, b) = p. NaN outside 0 <= p <= 1.

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 
-from mmgen_kernels.schedule.planner import betas, conversion, shift, spacing
+from mmgen_kernels.schedule.planner import betas, conversion, shift, solver_levels, spacing
 from mmgen_kernels.schedule.planner import sigmas as sigma_space
 from mmgen_kernels.schedule.planner.clipping import clip
 from mmgen_kernels.schedule.planner.contract import Config, Plan, Run, Schedule
-from mmgen_kernels.schedule.planner.dpmsolver import Level
 from mmgen_kernels.schedule.planner.floats import div, expm1, f32
 from mmgen_kernels.schedule.planner.forms import DERIVED, SAMPLE, Form, column, matrix
+from mmgen_kernels.schedule.planner.solver_levels import Level
 from mmgen_kernels.schedule.planner.special import phi, solve
 
 TAKES = ("num_inference_steps", "sigmas", "mu", "begin")
@@ -128,7 +128,7 @@ def plan(config: Config, run: Run, levels: Schedule) -> Plan:
 
 def _converted(config: Config, at: Level) -> Form:
     if config["predict_x0"]:
-        return conversion.original(config["prediction_type"], at.alpha, at.sigma, (*PREDICTIONS, "flow_prediction"))
+        return solver_levels.original(config, at)
     return conversion.epsilon(config["prediction_type"], at.alpha, at.sigma, PREDICTIONS)
 
 

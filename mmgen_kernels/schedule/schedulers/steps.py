@@ -28,6 +28,7 @@ from mmgen_kernels.schedule.schedulers.steps_shared import (
     with_history,
 )
 from mmgen_kernels.schedule.schedulers.steps_sigma import consistency_model, edm_euler, lms
+from mmgen_kernels.schedule.schedulers.steps_solvers import deis, singlestep
 
 
 def ddpm(
@@ -217,6 +218,8 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "DPMSolverMultistepScheduler": (dpm_solver, ("prev_sample",)),
     "UniPCMultistepScheduler": (unipc, ("prev_sample",)),
     "FlowMatchEulerDiscreteScheduler": (flow_match_euler, ("prev_sample",)),
+    "DEISMultistepScheduler": (deis, ("prev_sample",)),
+    "DPMSolverSinglestepScheduler": (singlestep, ("prev_sample",)),
     "FlowMatchLCMScheduler": (flow_match_lcm, ("prev_sample",)),
     "LCMScheduler": (lcm, ("prev_sample", "denoised")),
     "TCDScheduler": (tcd, ("prev_sample", "pred_noised_sample")),
