@@ -11,6 +11,7 @@ import torch
 
 from mmgen import presets
 from mmgen.data import DATASETS, DataConfig
+from mmgen.diffusion.codes import ORDERS
 from mmgen.diffusion.objective import TARGETS, TIMES
 from mmgen.models import VQVAEConfig
 from mmgen.models.quantizers import QUANTIZERS
@@ -99,6 +100,7 @@ def add_code_tasks(tasks: Any) -> None:
     sample.set_defaults(task=run_sample_codes)
     sample.add_argument("--samples", type=int, metavar="N")
     sample.add_argument("--num-inference-steps", type=int, metavar="N", help="of a diffusion model")
+    sample.add_argument("--order", choices=ORDERS, help="in which a diffusion model shows codes; default: chance")
     sample.add_argument("--temperature", type=float, metavar="X")
     sample.add_argument("--top-k", type=int, metavar="K", help="only so many likeliest codes may come")
     sample.add_argument("--seed", type=int, metavar="N")

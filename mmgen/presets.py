@@ -171,7 +171,8 @@ class CodeComparison(Settings):
 @dataclass(frozen=True)
 class CodeSamplingConfig:
     samples: int = 20
-    num_inference_steps: int = 256  # of the diffusion model
+    num_inference_steps: int = 256  # of the diffusion model, and below
+    order: str = "chance"
     temperature: float = 1.0
     top_k: int | None = None
     seed: int = 0
@@ -188,7 +189,8 @@ class CodeSamplingConfig:
 
 def codes(kind: str, data: DataConfig, tokenizer: VQVAEConfig) -> CodeExperiment:
     """0.98 M parameters, be it "causal" or "diffusion": the one has wider MLPs for what the other spends on its time."""
-    shape = {"num_codes": tokenizer.codebook_size, "grid_size": data.image_size // tokenizer.downsampling}
+    shape = {"num_codes": tokenizer.codebook_size, "code_dim": tokenizer.codebook_dim}
+    shape |= {"grid_size": data.image_size // tokenizer.downsampling}
     if kind == "causal":
         return CodeExperiment(data, tokenizer, CodeTransformerConfig(**shape, mlp_ratio=4.4375), CodeTrainingConfig())
     return CodeDiffusionExperiment(data, tokenizer, CodeDiffusionConfig(**shape), CodeTrainingConfig(), AbsorbingConfig())

@@ -15,16 +15,17 @@ Masked Diffusion Language Models, 2024, for the sum as a weighted cross-entropy 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen.models.code_transformer import choice
+from mmgen.models.code_transformer import likeliest
 
 TIME, HIDDEN, SURE = 0, 1, 2  # streams of a batch's key
-SHOWN, CODES = 0, 1  # streams of a sample's key at a step
+ORDERS = ("chance", "confidence")
 TIMES_TOLD = 1000  # to the model, from all seen to all hidden
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -78,30 +79,44 @@ class Absorbing:
         num_inference_steps: int,
         *,
         key: Tensor,
+        order: str = "chance",
         temperature: float = 1.0,
         top_k: int | None = None,
     ) -> Tensor:
         """Pictures (B, T) from `start` (B, T), in which `num_codes` stands for what is to be drawn.
 
-        With S steps, temperature 1 and all codes this is the distribution that the bound is of. Fewer steps draw more codes at
-        once, each without knowing of the others.
+        With S steps, temperature 1, all codes and the order left to chance this is the distribution that the bound is of. Fewer
+        steps draw more codes at once, each without knowing of the others; there it helps to show the surest first.
 
         Args:
             key: int64 (B, 2), one for each picture.
+            order: of the places: "chance", as the process has it (`mk.vq_diffusion_step`), or "confidence" (`mk.unmask_step`).
             temperature: divides the logits; 0 takes the likeliest code.
             top_k: only so many likeliest codes may come; None: all.
 
         Raises:
-            ValueError: temperature is negative, top_k not between 1 and K, or there is no step.
+            ValueError: the order is unknown, temperature negative, top_k not between 1 and K, or there is no step.
+
+        Source: Gu et al., Vector Quantized Diffusion Model, 2022; Chang et al., MaskGIT, 2022, for the surest first.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        x = start
-        for left in range(num_inference_steps, 0, -1):
-            keys = mk.fold_in(key, left)  # (B, 2)
-            t = torch.full((len(x),), TIMES_TOLD * left / num_inference_steps, device=x.device)
-            logits = model(x, t)  # (B, T, K)
-            shown = mk.philox_uniform(x.shape, mk.fold_in(keys, SHOWN), dtype=torch.float64) < 1 / left
-            codes = choice(logits, mk.fold_in(keys, CODES), temperature, top_k)  # (B, T)
-            x = torch.where(shown & (x == self.num_codes), codes, x)
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        if temperature == 0:
+            temperature, top_k = 1.0, 1
+        seen = torch.arange(num_inference_steps - 1, -1, -1, dtype=torch.float64) / num_inference_steps  # after each step of hiding
+        chances, x = mk.transition_table(seen, self.num_codes), start
+        counts = mk.masking_table(num_inference_steps, starting_mask_ratio=(x == self.num_codes).double().mean().item())
+        for i in range(num_inference_steps):
+            left = num_inference_steps - i
+            if order == "chance":
+                told = torch.full((len(x),), TIMES_TOLD * left / num_inference_steps, device=x.device)  # (B,)
+            else:
+                told = TIMES_TOLD * (x == self.num_codes).double().mean(dim=1)
+            logits = likeliest(model(x, told), top_k)  # (B, T, K)
+            if order == "chance":
+                x = cast(Tensor, mk.vq_diffusion_step(logits, x, chances, left - 1, noise=key, temperature=temperature))
+            else:
+                x = mk.unmask_step(logits, x, counts, i, mask_id=self.num_codes, noise=key, temperature=temperature).prev_sample
         return x

@@ -47,7 +47,7 @@ class CodeDiffusion(nn.Module):
             if isinstance(module, nn.Linear) and "adaLN_modulation" not in name:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.final_layer = mk.nn.FinalLayer(config.hidden_size, 1, config.num_codes, cond_dim=config.cond_dim)
+        self.final_layer = mk.nn.FinalLayer(config.hidden_size, 1, config.num_codes + config.code_dim, cond_dim=config.cond_dim)
 
     def forward(self, codes: Tensor, t: Tensor) -> Tensor:
         if codes.dim() != 2 or codes.shape[1] != self.config.num_tokens:
@@ -55,4 +55,4 @@ class CodeDiffusion(nn.Module):
         x, c = self.embedding(codes), self.t_embedder(t)  # (B, T, D), (B, cond_dim)
         for block in self.blocks:
             x = block(x, c, cos=self.embedding.cos, sin=self.embedding.sin)
-        return self.final_layer(x, c)
+        return self.embedding.logits(self.final_layer(x, c))

@@ -19,6 +19,7 @@ ROPE_THETA = 100.0  # a grid is tens of places wide, not thousands
 @dataclass(frozen=True)
 class CodeTransformerConfig:
     num_codes: int = 512  # K, the tokenizer's codebook_size
+    code_dim: int = 8  # d, its codebook_dim
     grid_size: int = 16  # codes along a side
     hidden_size: int = 128
     depth: int = 4
@@ -26,7 +27,7 @@ class CodeTransformerConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self):
-        for name in ("num_codes", "grid_size", "hidden_size", "depth", "num_heads"):
+        for name in ("num_codes", "code_dim", "grid_size", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % (8 * self.num_heads):
@@ -41,11 +42,19 @@ class CodeTransformerConfig:
 
 
 class CodeEmbedding(nn.Module):
-    """Codes (B, T), row by row, or `num_codes`, which stands for none -> (B, T, D), each with its row and column."""
+    """Codes (B, T), row by row, or `num_codes`, which stands for none -> (B, T, D), each with its row and column.
+
+    A code brings a vector of its own and a projection of its place in the codebook; likewise it is chosen, by a logit of its own
+    and by the product of its place with what is predicted. So what is learnt of a code holds for those beside it: even the pairs
+    of 512 codes are more than a short training sees.
+    """
 
     def __init__(self, config: CodeTransformerConfig):
         super().__init__()
+        self.codebook: Tensor
+        self.register_buffer("codebook", torch.zeros(config.num_codes + 1, config.code_dim))  # the last stands for none
         self.table = nn.Embedding(config.num_codes + 1, config.hidden_size)
+        self.of_code = nn.Linear(config.code_dim, config.hidden_size, bias=False)
         nn.init.normal_(self.table.weight, std=0.02)
         head_dim, side = config.hidden_size // config.num_heads, torch.arange(config.grid_size)
         places = torch.cartesian_prod(side, side)  # (T, 2): row, column
@@ -59,7 +68,18 @@ class CodeEmbedding(nn.Module):
 
     def forward(self, codes: Tensor, start: int = 0) -> Tensor:
         """The first of the codes stands at place `start`."""
-        return self.table(codes) + self.pos_embed[start : start + codes.shape[1]]
+        each = self.table.weight + self.of_code(self.codebook)  # (K + 1, D)
+        return F.embedding(codes, each) + self.pos_embed[start : start + codes.shape[1]]
+
+    def logits(self, output: Tensor) -> Tensor:
+        """(B, T, K) of (B, T, K + d): a logit for each code, and the place in the codebook that is looked for."""
+        codebook = self.codebook[:-1]  # (K, d)
+        own, place = output.split(codebook.shape, dim=2)
+        return own + F.linear(place, codebook)
+
+    def look_up_(self, codebook: Tensor) -> None:
+        """Takes the places of the codes, (K, d), from a tokenizer."""
+        self.codebook[:-1] = codebook.detach()
 
 
 class Cache:
@@ -122,7 +142,7 @@ class CodeTransformer(nn.Module):
         self.embedding = CodeEmbedding(config)
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
         self.ln_f = nn.LayerNorm(config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.num_codes, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.num_codes + config.code_dim, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -146,7 +166,7 @@ class CodeTransformer(nn.Module):
         if cache is not None:
             cache.length = span.stop
         x = mk.adaln(x, None, None, weight=self.ln_f.weight, bias=self.ln_f.bias, eps=self.ln_f.eps)
-        return self.head(x)
+        return self.embedding.logits(self.head(x))
 
     def nats(self, codes: Tensor) -> Tensor:
         """-log p of pictures (B, T), exact, (B,)."""
@@ -186,11 +206,17 @@ def choice(logits: Tensor, key: Tensor, temperature: float = 1.0, top_k: int | N
     """
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None:
-        if not 1 <= top_k <= logits.shape[-1]:
-            raise ValueError(f"top_k must be between 1 and {logits.shape[-1]}, the codes, got {top_k}")
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+    logits = likeliest(logits, top_k)
     if temperature == 0:
         return logits.argmax(dim=-1)
     uniform = mk.philox_uniform(logits.shape, key, dtype=torch.float64) + 2.0**-33  # the middle of each step: never 0, never 1
     return (logits.double() / temperature - torch.log(-torch.log(uniform))).argmax(dim=-1)
+
+
+def likeliest(logits: Tensor, top_k: int | None) -> Tensor:
+    """Logits (..., K), -inf but for the `top_k` greatest; None: all stay."""
+    if top_k is None:
+        return logits
+    if not 1 <= top_k <= logits.shape[-1]:
+        raise ValueError(f"top_k must be between 1 and {logits.shape[-1]}, the codes, got {top_k}")
+    return logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)

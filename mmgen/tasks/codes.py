@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,8 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
     )
     print(f"\n{as_text(table(result))}\n")
     (out / "results.json").write_text(json.dumps(asdict(result) | {"settings": comparison.settings}, indent=2) + "\n")
-    pictures["few steps"] = draw(runs["diffusion"], SHOWN, CodeSamplingConfig(num_inference_steps=FEW_STEPS))
+    few = CodeSamplingConfig(num_inference_steps=FEW_STEPS, order="confidence")
+    pictures["few steps"] = draw(runs["diffusion"], SHOWN, few)
     rows = shown(runs, pictures)
     Image.fromarray(to_pixels(grid([row for _, row in rows]), enlarged=2)).save(out / "codes.png")
     (out / "report.html").write_text(page(result, comparison, runs, rows))
@@ -153,12 +155,12 @@ def draw_codes(model: nn.Module, process: Absorbing | None, start: Tensor, sampl
     """(N, T), of which the first codes are `start` (N, t); a model without a process is causal."""
     key = torch.tensor([sampling.seed, 0], device=start.device)
     keys = mk.fold_in(key, torch.arange(len(start), device=start.device))  # (N, 2)
-    options = {"temperature": sampling.temperature, "top_k": sampling.top_k}
     if isinstance(model, CodeTransformer):
-        return model.sample(keys, start=start, **options)  # type: ignore[arg-type]
+        return model.sample(keys, start=start, temperature=sampling.temperature, top_k=sampling.top_k)
     assert isinstance(model, CodeDiffusion) and process is not None
     whole = F.pad(start, (0, model.config.num_tokens - start.shape[1]), value=model.config.num_codes)  # (N, T)
-    return process.sample(model, whole, sampling.num_inference_steps, key=keys, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"order": sampling.order, "temperature": sampling.temperature, "top_k": sampling.top_k}
+    return process.sample(model, whole, sampling.num_inference_steps, key=keys, **options)
 
 
 @torch.no_grad()
@@ -178,7 +180,7 @@ def shown(runs: dict[str, CodeTrainer], drawn: dict[str, Tensor]) -> list[tuple[
     return [
         ("drawn by the causal transformer, code after code", drawn["causal"]),
         (f"drawn by the diffusion transformer in {T} steps", drawn["diffusion"]),
-        (f"drawn by the diffusion transformer in {FEW_STEPS} steps", drawn["few steps"]),
+        (f"drawn by the diffusion transformer in {FEW_STEPS} steps, the surest codes first", drawn["few steps"]),
         ("held-out photographs, through the tokenizer", decoded(run.tokenizer, some)),
         ("their upper halves, completed by the causal transformer", completed["causal"]),
         ("their upper halves, completed by the diffusion transformer", completed["diffusion"]),

@@ -26,9 +26,10 @@ BITS = 1 / math.log(2)  # in a nat
 
 @dataclass(frozen=True)
 class CodeTrainingConfig(TrainingConfig):
-    steps: int = 800
+    steps: int = 500
     batch_size: int = 8
     learning_rate: float = 2e-3
+    warmup_steps: int = 50
     betas: tuple[float, float] = (0.9, 0.98)
     ema_decay: float = 0.995
     eval_every: int = 50
@@ -50,7 +51,7 @@ class CodeTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CodeTransformer | CodeDiffusion,
         tokenizer: VQVAE,
         data: Data,
         config: CodeTrainingConfig,
@@ -60,6 +61,7 @@ class CodeTrainer(Trainer):
         device: torch.device,
     ):
         self.data, self.tokenizer = data, tokenizer.to(device).requires_grad_(False).eval()
+        model.embedding.look_up_(tokenizer.quantize.codebook())
         settings = settings | {"tokenizer": settings["tokenizer"] | {"weights": digest(tokenizer)}}
         super().__init__(model, data.train, config, folder, settings=settings, device=device)
 

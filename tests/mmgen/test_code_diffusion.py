@@ -180,12 +180,35 @@ def test_what_is_given_stays_and_what_is_hidden_is_drawn_by_its_own_key():
     drawn = process().sample(model, start, 2, key=keys(40))
     assert drawn[:, 0].eq(1).all() and drawn.max() < HIDDEN and len(drawn.unique(dim=0)) > 3
     assert torch.equal(process().sample(model, start[7:9], 2, key=keys(40)[7:9]), drawn[7:9])
+    assert torch.equal(process().sample(model, start, 2, key=keys(40), temperature=0.5)[:, 0], start[:, 0])
     sure = process().sample(model, start, 1, key=keys(40), temperature=0.0)
     assert torch.equal(sure[:, 1:], SAID[INDEX[(1, HIDDEN, HIDDEN)], S, 1:].argmax(dim=1).expand(40, 2))
+
+
+def test_the_surest_place_is_shown_first_where_confidence_orders_them():
+    """Of two hidden places one waits: how often which, the table's heat of 2 and Gumbel's noise say."""
+    sure = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [30.0, 0.0, 0.0]])
+    seen = []
+
+    def telling(codes: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append((codes, t))
+        return sure.expand(len(codes), T, K)
+
+    start = torch.tensor([[1, HIDDEN, HIDDEN]]).expand(4000, T)
+    drawn = process().sample(telling, start, 2, key=keys(4000), order="confidence")
+    (first, told), (second, told_later) = seen
+    assert torch.equal(first, start) and drawn[:, 0].eq(1).all() and drawn[:, 2].eq(0).all() and drawn.max() < HIDDEN
+    assert ((second == HIDDEN).sum(dim=1) == 1).all()
+    assert (second[:, 2] == 0).double().mean().item() == pytest.approx(1 / (1 + math.exp(-math.log(3) / 2)), abs=0.03)
+    torch.testing.assert_close(told.float(), torch.full((4000,), 2000 / 3))
+    torch.testing.assert_close(told_later.float(), torch.full((4000,), 1000 / 3))
+    assert torch.bincount(drawn[:, 1], minlength=K).min() > 1200
 
 
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
         process().sample(model, torch.zeros(1, T, dtype=torch.int64), 0, key=keys(1))
+    with pytest.raises(ValueError, match="order must be one of chance, confidence, got 'age'"):
+        process().sample(model, torch.zeros(1, T, dtype=torch.int64), 1, key=keys(1), order="age")
     with pytest.raises(ValueError, match="num_timesteps must be at least 1, got 0"):
         AbsorbingConfig(num_timesteps=0)

@@ -87,8 +87,9 @@ def test_pictures_are_drawn_from_a_run(finished, tmp_path, capsys, kind):
     assert "12 pictures of step 4" in capsys.readouterr().out
     main(command.split())
     assert picture.read_bytes() == first
-    main(f"{command} --seed 1 --temperature 0.5 --top-k 8".split())
-    assert picture.read_bytes() != first
+    for change in ("--seed 1", "--temperature 0.5", "--top-k 8", *(["--order confidence"] if kind == "diffusion" else [])):
+        main(f"{command} {change}".split())
+        assert picture.read_bytes() != first, change
 
 
 def test_one_model_is_trained_on_a_tokenizer_by_itself(finished, tmp_path):
