@@ -30,4 +30,24 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> add_noise_cpu(const tor
                                                                        const Optional& table, std::string path,
                                                                        std::optional<std::string> target);
 
+// The loss of the batch or of each sample, and each sample's before it is weighted.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> diffusion_loss_cpu(
+    const torch::stable::Tensor& output, const torch::stable::Tensor& target, const Optional& weight, const Optional& mask,
+    const Optional& deltas, std::string kind, double delta, bool mean);
+// The gradients of output, target and weight; those that are not asked for are empty.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> diffusion_loss_backward_cpu(
+    const Optional& grad_loss, const Optional& grad_means, const torch::stable::Tensor& output, const torch::stable::Tensor& target,
+    const Optional& weight, const Optional& mask, const Optional& deltas, const torch::stable::Tensor& means, std::string kind,
+    double delta, bool mean, bool need_grad_output, bool need_grad_target, bool need_grad_weight);
+
+// Each sample's loss, its mean squared error and its term of the variational bound.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> hybrid_loss_cpu(
+    const torch::stable::Tensor& output, const torch::stable::Tensor& x0, const torch::stable::Tensor& noise,
+    const torch::stable::Tensor& t, const torch::stable::Tensor& table, double vb_weight, bool kl, std::optional<double> clamp);
+torch::stable::Tensor hybrid_loss_backward_cpu(const Optional& grad_loss, const Optional& grad_mse, const Optional& grad_vb,
+                                               const torch::stable::Tensor& output, const torch::stable::Tensor& x0,
+                                               const torch::stable::Tensor& noise, const torch::stable::Tensor& t,
+                                               const torch::stable::Tensor& table, double vb_weight, bool kl,
+                                               std::optional<double> clamp);
+
 }  // namespace mmgen_kernels::schedule

@@ -1,0 +1,83 @@
+// Logarithms, and exponentials with what they are less one, of vectors.
+#pragma once
+
+#include <limits>
+
+#include "simd/vectors.h"
+
+namespace mmgen_kernels::simd {
+namespace {  // internal linkage: compiled once per instruction set, and the copies must not be merged
+
+template <class Lanes, class F>
+typename Lanes::Vec each_lane(typename Lanes::Vec v, const F& f) {
+  typename Lanes::Real lane[Lanes::width];
+  std::memcpy(lane, &v, sizeof v);
+  for (auto& x : lane) x = f(x);
+  std::memcpy(&v, lane, sizeof v);
+  return v;
+}
+
+template <class Lanes>
+typename Lanes::Vec square_root(typename Lanes::Vec v) {
+  return each_lane<Lanes>(v, [](auto x) { return std::sqrt(x); });  // GCC makes one instruction of it
+}
+
+// e^x within 1 ulp, and e^x - 1 within 2 ulp, small x included. From 88.37 on both are infinite, below -87.33 they are 0 and -1.
+template <class Lanes>
+struct Exponential {
+  using Vec = typename Lanes::Vec;
+  Vec value, less_one;
+
+  explicit Exponential(Vec x) {
+    if constexpr (sizeof(typename Lanes::Real) == sizeof(double)) {
+      value = each_lane<Lanes>(x, [](double v) { return std::exp(v); });
+      less_one = each_lane<Lanes>(x, [](double v) { return std::expm1(v); });
+    } else {  // as exponentials() has it: e^x = 2^n (1 + rest)
+      constexpr float to_integer = 0x1.8p23f, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f, highest = 88.37f;
+      const auto all = [](float v) { return Lanes::broadcast(v); };
+      const Vec limited = x > highest ? all(highest) : x, shifted = Lanes::fmadd(limited, all(0x1.715476p0f), all(to_integer));
+      const Vec n = shifted - to_integer, r = Lanes::fmadd(n, all(-ln2_low), Lanes::fmadd(n, all(-ln2_high), limited));
+      Vec rest = all(rest_of_exponential[0]), power;
+#pragma GCC unroll 4
+      for (int i = 1; i < 5; ++i) rest = Lanes::fmadd(r, rest, all(rest_of_exponential[i]));
+      rest = Lanes::fmadd(r * r, rest, r);
+      typename Lanes::Bits exponent;
+      std::memcpy(&exponent, &shifted, sizeof exponent);
+      exponent = (exponent + 127) << 23;
+      std::memcpy(&power, &exponent, sizeof power);
+      value = (rest + 1.0f) * power;
+      less_one = Lanes::fmadd(power, rest, power - 1.0f);
+      const Vec infinite = all(std::numeric_limits<float>::infinity());
+      value = x > highest ? infinite : x < -87.33654f ? Vec{} : value;
+      less_one = x > highest ? infinite : x < -87.33654f ? all(-1.0f) : less_one;
+    }
+  }
+};
+
+// ln x of normal positive x within 1 ulp, or 2^-25 near 1. NaN stays NaN.
+template <class Lanes>
+typename Lanes::Vec logarithm(typename Lanes::Vec x) {
+  using Vec = typename Lanes::Vec;
+  if constexpr (sizeof(typename Lanes::Real) == sizeof(double)) {
+    return each_lane<Lanes>(x, [](double v) { return std::log(v); });
+  } else {  // x = 2^n (1 + f) with 1 + f between the roots of 1/2 and of 2; ln (1 + f) = 2 artanh(s)
+    using Bits = typename Lanes::Bits;
+    constexpr int32_t root = 0x3f3504f3;  // of 1/2
+    constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
+    Bits bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const Bits above = bits - root, mantissa = (above & 0x7fffff) + root;
+    Vec f;
+    std::memcpy(&f, &mantissa, sizeof f);
+    f -= 1.0f;
+    const Vec n = __builtin_convertvector(above >> 23, Vec), s = f / (f + 2.0f), t = s * s, half = 0.5f * f * f;
+    Vec rest = Lanes::broadcast(2.0f / 9);
+    for (const float c : {2.0f / 7, 2.0f / 5, 2.0f / 3}) rest = Lanes::fmadd(t, rest, Lanes::broadcast(c));
+    rest = s * Lanes::fmadd(t, rest, half);  // so that ln (1 + f) = f - (half - rest), in which f is exact
+    const Vec found = Lanes::fmadd(n, Lanes::broadcast(ln2_high), f - (half - Lanes::fmadd(n, Lanes::broadcast(ln2_low), rest)));
+    return x == x ? found : x;
+  }
+}
+
+}  // namespace
+}  // namespace mmgen_kernels::simd
