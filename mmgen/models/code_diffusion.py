@@ -47,6 +47,9 @@ class CodeDiffusion(nn.Module):
             if isinstance(module, nn.Linear) and "adaLN_modulation" not in name:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith("adaLN_modulation.1.bias"):
+                parameter.data.view(6, -1)[[2, 5]] = 1.0  # gates start open: 7.80 bits after 40 steps, 8.39 with DiT's zeros
         self.final_layer = mk.nn.FinalLayer(config.hidden_size, 1, config.num_codes + config.code_dim, cond_dim=config.cond_dim)
 
     def forward(self, codes: Tensor, t: Tensor) -> Tensor:
