@@ -17,6 +17,9 @@ from mmgen_kernels.schedule.schedulers.classes_flow import FlowMatchEulerDiscret
 from mmgen_kernels.schedule.schedulers.classes_sigma import (
     CMStochasticIterativeScheduler,
     EDMEulerScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
 )
 from mmgen_kernels.schedule.schedulers.classes_solvers import DEISMultistepScheduler, DPMSolverSinglestepScheduler
@@ -35,6 +38,9 @@ __all__ = [
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchLCMScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "StepOutput",

@@ -39,6 +39,9 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "UniPCMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "FlowMatchLCMScheduler": {},
     "LMSDiscreteScheduler": {"add_noise": noising.by_sigma},
+    "HeunDiscreteScheduler": {"add_noise": noising.by_sigma},
+    "KDPM2DiscreteScheduler": {"add_noise": noising.by_sigma},
+    "KDPM2AncestralDiscreteScheduler": {"add_noise": noising.by_sigma},
     "EDMEulerScheduler": {"add_noise": noising.by_sigma},
     "CMStochasticIterativeScheduler": {"add_noise": noising.by_sigma},
     "DDIMInverseScheduler": {},  # which noises nothing

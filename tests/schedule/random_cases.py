@@ -8,9 +8,9 @@ BETAS = (
 )
 
 
-def training(rng, *more):
+def training(rng, *more, counts=(40, 100, 1000)):
     """Betas and what goes with them."""
-    count = rng.choice((40, 100, 1000))
+    count = rng.choice(counts)
     config = dict(rng.choice(BETAS + more)) | {"num_train_timesteps": count}
     if rng.random() < 0.1:
         config["trained_betas"] = [0.001 + 0.019 * (j / count) ** 1.5 for j in range(count)]
@@ -271,9 +271,9 @@ def ddim_inverse(rng):
     return config, late(rng, run, run["num_inference_steps"])
 
 
-def sigma_space(rng):
+def sigma_space(rng, **counts):
     """What LMS, Heun and KDPM2 share."""
-    config = training(rng) | spaced(rng) | respacing(rng)
+    config = training(rng, **counts) | spaced(rng) | respacing(rng)
     del config["rescale_betas_zero_snr"]
     return config
 
@@ -282,6 +282,36 @@ def lms(rng):
     config = sigma_space(rng) | {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))}
     run = steps(rng) | {"order": rng.choice((1, 2, 3, 4, 4))}
     return config, late(rng, run, run["num_inference_steps"])
+
+
+def heun(rng):
+    config = sigma_space(rng) | {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))}
+    config |= {"clip_sample": rng.random() < 0.4, "clip_sample_range": rng.choice((0.5, 1.0, 2.0))}
+    if rng.random() < 0.1:
+        config["beta_schedule"] = "exp"
+    run = two_evaluations(rng, config)
+    if rng.random() < 0.2 and not any(name.startswith("use_") for name in config):
+        run = {"timesteps": descending(rng, 0, config["num_train_timesteps"], 6)}
+    return config, late(rng, run, 2 * run.get("num_inference_steps", 6) - 1)
+
+
+def two_evaluations(rng, config):
+    # from a level of 20000 to one of 0.006 at once the second slope has six digits in fp64 too
+    run = {"num_inference_steps": rng.randint(6 if config.get("beta_schedule") == "squaredcos_cap_v2" else 2, 12)}
+    return run | {"num_train_timesteps": config["num_train_timesteps"] - 7} if rng.random() < 0.1 else run
+
+
+def kdpm2(rng):
+    config = sigma_space(rng, counts=(40, 100, 200))  # stock's constructor looks for each level among all of them
+    config["prediction_type"] = rng.choice(("epsilon", "v_prediction"))
+    run = two_evaluations(rng, config)
+    return config, late(rng, run, 2 * run["num_inference_steps"] - 1)
+
+
+def kdpm2_ancestral(rng):
+    """A run that ends in a second evaluation ends in NaN: its level is 0."""
+    config, run = kdpm2(rng)
+    return config, run | {"begin": run.get("begin", 0) // 2 * 2}
 
 
 def edm(rng):
@@ -312,6 +342,9 @@ def consistency(rng):
 RANDOM = {
     "DDIMInverseScheduler": ddim_inverse,
     "LMSDiscreteScheduler": lms,
+    "HeunDiscreteScheduler": heun,
+    "KDPM2DiscreteScheduler": kdpm2,
+    "KDPM2AncestralDiscreteScheduler": kdpm2_ancestral,
     "EDMEulerScheduler": edm_euler,
     "CMStochasticIterativeScheduler": consistency,
     "DDPMScheduler": ddpm,

@@ -23,7 +23,7 @@ LEVELS = ("sigmas", "alphas_cumprod", "initial_alpha_cumprod", "final_alpha_cump
 def prepared(class_name, config, run):
     """A scheduler after set_timesteps. Its levels are the numbers of fp32 that its users have, held in fp64."""
     scheduler = getattr(importlib.import_module("diffusers"), class_name).from_config(dict(config))
-    names = ("num_inference_steps", "timesteps", "sigmas", "mu", "original_inference_steps")
+    names = ("num_inference_steps", "timesteps", "sigmas", "mu", "num_train_timesteps", "original_inference_steps")
     arguments = {name: run[name] for name in names if run.get(name) is not None}
     if "sigmas" in arguments:  # a list is what UniPC cannot shift
         given = np.array(arguments["sigmas"])
@@ -36,9 +36,27 @@ def prepared(class_name, config, run):
     for name in LEVELS:
         if isinstance(getattr(scheduler, name, None), torch.Tensor):
             setattr(scheduler, name, getattr(scheduler, name).double())
+    if hasattr(scheduler, "sigmas_interpol"):
+        levels_between(scheduler)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(run.get("begin", 0))
     return scheduler
+
+
+def levels_between(scheduler):
+    """What KDPM2 makes of its levels in set_timesteps, in fp32 there, in fp64."""
+    s = scheduler.sigmas[::2]  # (N + 1,): every level once, the last is 0
+    found, power, scale = {"sigmas_interpol": (s.log() / 2 + s.roll(1).log() / 2).exp()}, 1, s
+    if hasattr(scheduler, "sigmas_up"):
+        following = torch.cat((s[1:], s.new_zeros(1)))
+        up = following * (s**2 - following**2).sqrt() / s
+        found = {"sigmas_interpol": following, "sigmas_up": up, "sigmas_down": following**2 / s}
+        power, scale = 4, (s * following) ** 2  # in fp32 the square of sigmas_down is a difference of squares
+    for name, values in found.items():
+        exact, off = (torch.cat((v[:1], v[1:].repeat_interleave(2), v[-1:])) for v in (values, 1e-5 * scale))
+        deviation = (exact**power - getattr(scheduler, name).double() ** power).abs()
+        assert not (deviation > off).any(), name  # what is NaN is not used, or is as NaN as stock's sample
+        setattr(scheduler, name, exact)
 
 
 def trajectory(scheduler, run, shape, channels):

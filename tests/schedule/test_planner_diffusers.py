@@ -55,9 +55,11 @@ SPACED = [n for n in RANDOM if "timestep_spacing" in planner.DEFAULTS[n] and n n
 @pytest.mark.filterwarnings("ignore")
 def test_trailing_that_ends_in_minus_one(class_name):
     config, run = {"timestep_spacing": "trailing"}, {"num_inference_steps": 61}
-    theirs = stock.trajectory(stock.prepared(class_name, config, run), run, SHAPE, SHAPE[1])
+    scheduler = stock.prepared(class_name, config, run)
+    theirs = stock.trajectory(scheduler, run, SHAPE, SHAPE[1])
     ours = plan_executor.trajectory(planner.plan(class_name, config, planner.Run(**run)), SHAPE, SHAPE[1])
-    assert len(ours) == 62 and all(same_outputs(class_name, *pair) for pair in zip(ours, theirs, strict=True))
+    assert len(ours) == (62 if scheduler.order == 1 else 123)
+    assert all(same_outputs(class_name, *pair) for pair in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -76,10 +78,13 @@ def assert_same_levels(case, config, run, scheduler, schedule):
         value for option, value in config.items() if option.startswith("use_") and option.endswith(("sigmas", "lambdas"))
     )
     logarithmic = "sigmas" in run or config.get("timestep_type") == "continuous" or schedule.timestep_dtype == "float64"
+    logarithmic = logarithmic or hasattr(scheduler, "sigmas_interpol")
     if respaced or logarithmic:
         # cut to a whole number, a time may fall to the other side
         within = 1 if schedule.timestep_dtype == "int64" else 2e-4
-        assert schedule.timesteps == pytest.approx(scheduler.timesteps.tolist(), abs=within), case
+        known = [(ours, t) for ours, t in zip(schedule.timesteps, scheduler.timesteps.tolist(), strict=True) if t == t]
+        assert len(known) >= 0.8 * len(schedule.timesteps), case  # KDPM2's with noise may have some that are NaN
+        assert [ours for ours, _ in known] == pytest.approx([t for _, t in known], abs=within), case
     else:
         assert list(schedule.timesteps) == scheduler.timesteps.tolist(), case
     if schedule.alphas_cumprod is not None:

@@ -27,6 +27,7 @@ NOISY = (
     "TCDScheduler",
     "FlowMatchLCMScheduler",
     "CMStochasticIterativeScheduler",
+    "KDPM2AncestralDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
 )  # whose bf16 normals are other normals
 
@@ -124,36 +125,6 @@ def test_ddim_takes_any_timestep():
     clean = (x - (1 - a).sqrt() * torch.tanh(x)) / a.sqrt()
     expected = b.sqrt() * clean.double() + (1 - b).sqrt() * torch.tanh(x).double()
     torch.testing.assert_close(one.double(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_edm_takes_a_predicted_x0():
-    """Behind return_dict, where diffusers has it; the model's output then says no more than a dtype."""
-    scheduler = made("EDMEulerScheduler")
-    scheduler.set_timesteps(6)
-    t, x, x0 = scheduler.timesteps[2], image(3, (1, 2, 3)).float(), image(4, (1, 2, 3)).float()
-    scheduler.set_begin_index(2)
-    prev, same = scheduler.step(torch.full_like(x, torch.nan), t, x, 0.0, 0.0, 1.0, 1.0, None, False, x0)
-    s, following = scheduler.sigmas[2:4].double()
-    assert same is x0
-    torch.testing.assert_close(prev.double(), x + (following - s) / s * (x.double() - x0), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_lms_is_exact_where_the_derivative_is_a_polynomial(order):
-    """Of degree order - 1 in sigma, once there is history enough."""
-    scheduler = made("LMSDiscreteScheduler")
-    scheduler.set_timesteps(8)
-    sigmas = scheduler.sigmas.double().tolist()
-    grown = [sum(s ** (j + 1) / (j + 1) for j in range(order)) for s in sigmas]  # the integral of sum_j s^j
-    for k, t in enumerate(scheduler.timesteps):
-        slope = sum(sigmas[k] ** j for j in range(order))
-        x = torch.tensor([[grown[k]]], dtype=torch.float64)
-        y = scheduler.step(torch.tensor([[slope]], dtype=torch.float64), t, x, order=order).prev_sample
-        if k >= order - 1:
-            assert y.item() == pytest.approx(grown[k + 1], rel=1e-12, abs=1e-12 * grown[0])
-    assert len(scheduler.derivatives) == order
-    weights = [scheduler.get_lms_coefficient(order, 5, j) for j in range(order)]
-    assert sum(weights) == pytest.approx(sigmas[6] - sigmas[5], rel=1e-12)
 
 
 # -- noise ------------------------------------------------------------------------------------------------------------
@@ -273,7 +244,7 @@ def test_inference_mode(class_name):
         scheduler = made(class_name)
         found = run(scheduler)
         again = sampled(scheduler, steps=5)
-    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True)) and len(again) == 5
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True)) and len(again) == len(scheduler.timesteps)
 
 
 def test_a_run_like_the_last_one_is_not_planned_again():

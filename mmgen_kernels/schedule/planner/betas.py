@@ -43,7 +43,7 @@ def of_config(config: Config, schedules: tuple[str, ...] = SCHEDULES, dtype: tor
         return _linspace(start**0.5, end**0.5, n, dtype) ** 2
     if kind == "sigmoid":
         return torch.sigmoid(_linspace(-6, 6, n)) * (end - start) + start
-    return _of_signal(_cosine if kind == "squaredcos_cap_v2" else _laplace, n)
+    return _of_signal({"squaredcos_cap_v2": _cosine, "laplace": _laplace, "exp": _exponential}[kind], n)
 
 
 def _linspace(start: float, end: float, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,6 +63,10 @@ def _cosine(t: float) -> float:
 def _laplace(t: float) -> float:
     snr = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * math.fabs(0.5 - t) + 1e-6))
     return math.sqrt(snr / (1 + snr))
+
+
+def _exponential(t: float) -> float:
+    return math.exp(-12 * t)
 
 
 def _zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Run:
         s_churn, s_tmin, s_tmax, s_noise: EulerDiscreteScheduler's. FlowMatchEulerDiscreteScheduler takes them and reads none.
         original_inference_steps, strength: LCM's and TCD's.
         per_token_timesteps: FlowMatchEulerDiscreteScheduler's; one level per token is no row of a table, so any raises.
+        num_train_timesteps: of Heun and the two KDPM2: in place of the config's for the spacing alone.
         order: LMSDiscreteScheduler's, from 1 to 4.
         has_original: EDMEulerScheduler's: its step is handed a predicted x0, which then stands where the model's output would.
     """
@@ -46,6 +47,7 @@ class Run:
     original_inference_steps: int | None = None
     strength: float = 1.0
     per_token_timesteps: Any = None
+    num_train_timesteps: int | None = None
     order: int = 4
     has_original: bool = False
 

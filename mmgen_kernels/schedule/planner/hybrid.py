@@ -15,9 +15,7 @@ PREDICTIONS = ("epsilon", "sample", "v", "previous")
 VARIANCES = ("learned_range", "learned", "fixed_small", "fixed_large")
 
 
-def hybrid_table(
-    betas: Tensor | Sequence[float], *, prediction: str = "epsilon", variance: str = "learned_range"
-) -> Tensor:
+def hybrid_table(betas: Tensor | Sequence[float], *, prediction: str = "epsilon", variance: str = "learned_range") -> Tensor:
     """The table of `hybrid_loss`, made once from the noise schedule.
 
     With alphas_t = 1 - betas_t, abar_t their product and B~_t = betas_t (1 - abar_{t-1}) / (1 - abar_t), a row is

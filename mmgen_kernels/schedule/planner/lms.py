@@ -30,8 +30,8 @@ NODE = math.sqrt(1 / 3)  # of Gauss and Legendre's rule of two points, exact for
 
 
 def schedule(config: Config, run: Run) -> Schedule:
-    times = spacing.fractional(config, steps_of(run, "LMSDiscreteScheduler"))
-    sigmas, times = sigma_space.spaced(config, times)
+    steps = steps_of(run, "LMSDiscreteScheduler")
+    sigmas, times = sigma_space.spaced(config, spacing.fractional(config, steps), steps)
     sigmas = [f32(sigma) for sigma in (*sigmas, 0.0)]
     return Schedule(tuple(f32(t) for t in times), "float32", tuple(sigmas), init_noise_sigma=sigma_space.start(config, sigmas))
 

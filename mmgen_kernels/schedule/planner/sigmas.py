@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmgen_kernels.schedule.planner.betas import alphas_cumprod
+from mmgen_kernels.schedule.planner.betas import SCHEDULES, alphas_cumprod
 from mmgen_kernels.schedule.planner.contract import Config, Schedule
 from mmgen_kernels.schedule.planner.floats import exp, f32, log, sqrt
 from mmgen_kernels.schedule.planner.spacing import linspace
@@ -83,11 +83,13 @@ def respaced(config: Config, first: float, last: float, steps: int) -> list[floa
     return [last + beta_ppf(1 - p, 0.6, 0.6) * (first - last) for p in linspace(0, 1, steps)]
 
 
-def spaced(config: Config, times: list[float]) -> tuple[list[float], list[float]]:
-    """Levels without the last one, and timesteps: those of `times`, or where a respacing puts them."""
-    table = training_sigmas(alphas_cumprod(config))
+def spaced(
+    config: Config, times: list[float], steps: int, schedules: tuple[str, ...] = SCHEDULES
+) -> tuple[list[float], list[float]]:
+    """Levels without the last one, and timesteps: those of `times`, or where a respacing puts so many steps."""
+    table = training_sigmas(alphas_cumprod(config, schedules))
     sigmas = interpolate(times, table)
-    elsewhere = respaced(config, sigmas[0], sigmas[-1], len(times))
+    elsewhere = respaced(config, sigmas[0], sigmas[-1], steps)
     return (sigmas, times) if elsewhere is None else (elsewhere, times_of(elsewhere, logs(table)))
 
 

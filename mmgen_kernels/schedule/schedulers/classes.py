@@ -89,9 +89,14 @@ class Euler(SigmaSpace):
         """sample / sqrt(sigma^2 + 1); sigma_data^2 for the 1 where the class has one."""
         if self._step_index is None:
             self._init_step_index(timestep)
-        assert self.sigmas is not None and self._step_index is not None
+        assert self._step_index is not None
         self.is_scale_input_called = True
-        return sample / math.sqrt(float(self.sigmas[self._step_index]) ** 2 + self.power_of_data())
+        return sample / math.sqrt(self.level(self._step_index) ** 2 + self.power_of_data())
+
+    def level(self, k: int) -> float:
+        """The model's at step k."""
+        assert self.sigmas is not None
+        return float(self.sigmas[k])
 
     def power_of_data(self) -> float:
         return 1.0

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels.schedule import planner
-from mmgen_kernels.schedule.planner import consistency, edm, lms
+from mmgen_kernels.schedule.planner import consistency, edm, heun, kdpm2, lms
 from mmgen_kernels.schedule.schedulers.classes import Device, Euler
 
 
 class Interpolated(Euler):
     """Of classes whose levels of training are those of a run through all timesteps."""
 
-    def set_training_levels(self) -> None:
-        self.alphas_cumprod = planner.betas.alphas_cumprod(self.config, self.schedules)
-        self.set_run(None, num_inference_steps=len(self))
+    schedules: Sequence[str] = planner.betas.SCHEDULES
 
-    schedules = planner.betas.SCHEDULES
+    def set_training_levels(self) -> None:
+        self.alphas_cumprod = planner.betas.alphas_cumprod(self.config, tuple(self.schedules))
+        self.set_run(None, num_inference_steps=len(self))
 
 
 class LMSDiscreteScheduler(Interpolated):
@@ -36,6 +36,74 @@ class LMSDiscreteScheduler(Interpolated):
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """The run: so many steps."""
         self.set_run(device, num_inference_steps=num_inference_steps)
+
+
+class HeunDiscreteScheduler(Interpolated):
+    """Karras et al. 2022, algorithm 2 without its noise: two evaluations of the model for a step, but for the last."""
+
+    order = 2
+    schedules = heun.BETA_SCHEDULES
+
+    def forget(self) -> None:
+        self.prev_derivative: Tensor | None = None
+        self.dt: Tensor | None = None
+        self.sample: Tensor | None = None
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next evaluation begins a step."""
+        return self.dt is None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Device = None,
+        num_train_timesteps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """The run: so many steps, spaced as among `num_train_timesteps` where that is given, or the timesteps themselves."""
+        self.set_run(device, num_inference_steps=num_inference_steps, num_train_timesteps=num_train_timesteps, timesteps=timesteps)
+
+
+class KDPM2(Interpolated):
+    """What the two KDPM2 share: a step's second evaluation is at a level between the two that the step joins."""
+
+    order = 2
+
+    def forget(self) -> None:
+        self.sample: Tensor | None = None
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next evaluation begins a step."""
+        return self.sample is None
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None, num_train_timesteps: int | None = None) -> None:
+        """The run: so many steps, spaced as among `num_train_timesteps` where that is given."""
+        self.set_run(device, num_inference_steps=num_inference_steps, num_train_timesteps=num_train_timesteps)
+
+    def level(self, k: int) -> float:
+        """The model's at evaluation k."""
+        return super().level(k) if self.state_in_first_order else self.between(k)
+
+    def between(self, k: int) -> float:
+        raise NotImplementedError
+
+
+class KDPM2DiscreteScheduler(KDPM2):
+    """DPM-Solver-2 as k-diffusion has it: Lu et al. 2022, on the levels of Karras et al. 2022."""
+
+    def between(self, k: int) -> float:
+        assert self.sigmas is not None
+        return kdpm2.halfway(self.sigmas.tolist(), k)
+
+
+class KDPM2AncestralDiscreteScheduler(KDPM2):
+    """KDPM2's step to a lower level and noise back up to the next one, as k-diffusion has it."""
+
+    def between(self, k: int) -> float:
+        assert self.sigmas is not None
+        return float(self.sigmas[2 * (k // 2) + 2])
 
 
 class Preconditioned(Euler):

@@ -43,19 +43,20 @@ class Table:
             tuple(name for j, name in enumerate(plan.inputs) if name == "sample" or any(line[j] != 0 for line in row))
             for row in plan.rows
         ]
-        self.parts: dict[tuple[str, ...], Tensor] = {}
+        self.parts: dict[tuple[tuple[str, ...], int | None], Tensor] = {}
         self.place = {int(t): k for k, t in reversed(list(enumerate(plan.timesteps)))}
 
     def require(self, k: int, named: Mapping[str, Tensor | None]) -> None:
         if missing := [name for name in self.used[k] if named.get(name) is None]:
             raise Unplanned(f"history must hold {', '.join(missing)}: the run was entered in its middle")
 
-    def of_inputs(self, names: tuple[str, ...]) -> Tensor:
-        """The table with these inputs alone."""
-        if names not in self.parts:
+    def of_inputs(self, names: tuple[str, ...], lines: int | None = None) -> Tensor:
+        """The table with these inputs alone, and so many lines of a row."""
+        if (names, lines) not in self.parts:
             n = len(self.plan.inputs)
-            self.parts[names] = self.rows[..., [*map(self.plan.inputs.index, names), n, n + 1]].contiguous()
-        return self.parts[names]
+            part = self.rows[:, :lines, [*map(self.plan.inputs.index, names), n, n + 1]]
+            self.parts[names, lines] = part.contiguous()
+        return self.parts[names, lines]
 
 
 class Stepper:
@@ -135,21 +136,22 @@ class Stepper:
         noise: Tensor | None = None,
         variance: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Row k of the table on tensors by name: the outputs by name."""
+        """Row k of the table on tensors by name: the outputs by name, as many of them as `dtypes` has."""
         plan, names = table.plan, table.used[k]
         if len(names) > INPUTS:
             return self.in_two(table, k, named, dtypes)
+        made = plan.outputs if len(dtypes) == len(plan.outputs) else plan.outputs[: len(dtypes)]
         outputs = scheduler_step(
             [named[name] for name in names],  # type: ignore[misc]
-            table.of_inputs(names),
+            table.of_inputs(names, None if made is plan.outputs else 1 + len(made)),
             k,
             noise=noise,
             clamp=None if plan.clamp is None else plan.clamp[1],
             threshold=plan.threshold,
             variance=variance,
-            dtypes=[dtypes[name] for name in plan.outputs],
+            dtypes=[dtypes[name] for name in made],
         )
-        return dict(zip(plan.outputs, outputs, strict=True))
+        return dict(zip(made, outputs, strict=True))
 
     def in_two(self, table: Table, k: int, named: Mapping[str, Tensor | None], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
         """More inputs than the operator takes: first the derived value, of sample and model output, then all that comes of it."""

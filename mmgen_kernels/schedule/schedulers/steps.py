@@ -27,7 +27,7 @@ from mmgen_kernels.schedule.schedulers.steps_shared import (
     step_index,
     with_history,
 )
-from mmgen_kernels.schedule.schedulers.steps_sigma import consistency_model, edm_euler, lms
+from mmgen_kernels.schedule.schedulers.steps_sigma import consistency_model, edm_euler, heun, kdpm2, kdpm2_ancestral, lms
 from mmgen_kernels.schedule.schedulers.steps_solvers import deis, singlestep
 
 
@@ -226,6 +226,9 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "CogVideoXDDIMScheduler": (cogvideox_ddim, ("prev_sample", "pred_original_sample")),
     "DDIMInverseScheduler": (ddim_inverse, ("prev_sample", "pred_original_sample")),
     "LMSDiscreteScheduler": (lms, ("prev_sample", "pred_original_sample")),
+    "HeunDiscreteScheduler": (heun, ("prev_sample", "pred_original_sample")),
+    "KDPM2DiscreteScheduler": (kdpm2, ("prev_sample", "pred_original_sample")),
+    "KDPM2AncestralDiscreteScheduler": (kdpm2_ancestral, ("prev_sample", "pred_original_sample")),
     "EDMEulerScheduler": (edm_euler, ("prev_sample", "pred_original_sample")),
     "CMStochasticIterativeScheduler": (consistency_model, ("prev_sample",)),
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels.schedule.schedulers.noise import Generators
-from mmgen_kernels.schedule.schedulers.stepper import Stepper, check_tensors, of_channels
+from mmgen_kernels.schedule.schedulers.stepper import Stepper, Table, Unplanned, check_tensors, of_channels
 from mmgen_kernels.schedule.schedulers.steps_shared import in_sigma_space, refuse_indices, step_index, with_history
 
 
@@ -25,6 +25,60 @@ def lms(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: T
         s.derivatives.pop(0)
     s._step_index += 1
     return found["prev_sample"], found["pred_original_sample"]
+
+
+def heun(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, ...]:
+    check_tensors(model_output, sample)
+    k = step_index(s, timestep)
+    first = s.dt is None
+    table, row = of_evaluation(stepper, s, k, first)
+    prediction, _ = of_channels(table.plan, model_output, sample)
+    dtypes = dict.fromkeys(table.plan.outputs, torch.promote_types(sample.dtype, prediction.dtype))
+    named = {"sample": sample, "model_output": prediction}
+    if first:
+        found = stepper.run(table, row, named, dtypes)
+        s.prev_derivative, s.dt, s.sample = found["derivative"], s.sigmas[k + 1] - s.sigmas[k], sample
+    else:
+        del dtypes["derivative"]
+        found = stepper.run(table, row, named | {"last_sample": s.sample, "derivative": s.prev_derivative}, dtypes)
+        s.prev_derivative = s.dt = s.sample = None
+    s._step_index += 1
+    return found["prev_sample"], found["pred_original_sample"]
+
+
+def kdpm2(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, ...]:
+    return two_stage(stepper, s, model_output, timestep, sample, None)
+
+
+def kdpm2_ancestral(
+    stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None
+) -> tuple[Tensor, ...]:
+    return two_stage(stepper, s, model_output, timestep, sample, generator)
+
+
+def two_stage(
+    stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators
+) -> tuple[Tensor, ...]:
+    check_tensors(model_output, sample)
+    k = step_index(s, timestep)
+    first = s.sample is None
+    table, row = of_evaluation(stepper, s, k, first)
+    prediction, _ = of_channels(table.plan, model_output, sample)
+    noise = stepper.draw(table, prediction, generator, prediction.dtype) if table.plan.draws_noise[row] else None
+    named = {"sample": sample, "model_output": prediction, "last_sample": s.sample}
+    dtype = torch.promote_types(sample.dtype, prediction.dtype)
+    found = stepper.run(table, row, named, dict.fromkeys(table.plan.outputs, dtype), noise)
+    s.sample = sample if first else None
+    s._step_index += 1
+    return found["prev_sample"], found["pred_original_sample"]
+
+
+def of_evaluation(stepper: Stepper, s: Any, k: int, first: bool) -> tuple[Table, int]:
+    """The plan whose evaluations are first ones where the scheduler says that this one is, and its row."""
+    begin = k % 2 if first else (k + 1) % 2
+    if begin > k:
+        raise Unplanned("step 0 must be the first evaluation of its step, got a sample of one before")
+    return stepper.table(s, begin=begin), k - begin
 
 
 def edm_euler(
