@@ -126,12 +126,11 @@ py::bytes philox_by_fibers(const std::string& kind, int dtype, const py::array_t
 // The operator on CPU tensors, by the CUDA kernel; threads run in the order of their numbers or the other way round.
 template <bool BACKWARDS>
 std::tuple<schedule::Tensor, schedule::Tensor, schedule::Tensor> scheduler_step_by_fibers(
-    const schedule::Tensor& input_0, const schedule::Optional& input_1, const schedule::Optional& input_2,
-    const schedule::Optional& input_3, const schedule::Optional& input_4, const schedule::Optional& uncond,
-    const schedule::Optional& noise, const schedule::Optional& variance, const schedule::Tensor& coefficients,
-    const schedule::Optional& index, const schedule::Optional& key, int64_t step, int64_t guided, double guidance_scale, double,
-    std::optional<double> clamp, std::optional<double>, double, schedule::ScalarType dtype_0, schedule::OptionalType dtype_1,
-    schedule::OptionalType dtype_2) {
+    const schedule::Tensor& input_0, const schedule::Tensor& coefficients, int64_t step, schedule::ScalarType dtype_0,
+    const schedule::Optional& input_1, schedule::OptionalType dtype_1, const schedule::Optional& input_2,
+    const schedule::Optional& input_3, const schedule::Optional& input_4, schedule::OptionalType dtype_2, std::optional<double> clamp,
+    const schedule::Optional& noise, const schedule::Optional& key, const schedule::Optional& index, const schedule::Optional& uncond,
+    int64_t guided, double guidance_scale, double, const schedule::Optional& variance, std::optional<double>, double) {
   namespace gpu = schedule::gpu;
   return gpu::run_step({input_0, {&input_1, &input_2, &input_3, &input_4}, uncond, noise, variance, coefficients, index, key, step,
                         guided, guidance_scale, clamp, {dtype_0, dtype_1, dtype_2}},
@@ -199,10 +198,10 @@ py::array_t<float> exponentials(const Matrix& x, const std::string& set) {
 
 STABLE_TORCH_LIBRARY(mmgen_kernels_probe, m) {
   const std::string arguments =
-      "(Tensor input_0, Tensor? input_1, Tensor? input_2, Tensor? input_3, Tensor? input_4, Tensor? uncond, Tensor? noise,"
-      " Tensor? variance, Tensor coefficients, Tensor? index, Tensor? key, SymInt step, int guided, float guidance_scale,"
-      " float guidance_rescale, float? clamp, float? threshold, float threshold_max, ScalarType dtype_0, ScalarType? dtype_1,"
-      " ScalarType? dtype_2) -> (Tensor, Tensor, Tensor)";
+      "(Tensor input_0, Tensor coefficients, SymInt step, ScalarType dtype_0, Tensor? input_1, ScalarType? dtype_1, Tensor? input_2,"
+      " Tensor? input_3, Tensor? input_4, ScalarType? dtype_2, float? clamp, Tensor? noise, Tensor? key, Tensor? index, Tensor? uncond,"
+      " int guided, float guidance_scale, float guidance_rescale, Tensor? variance, float? threshold, float threshold_max)"
+      " -> (Tensor, Tensor, Tensor)";
   m.def(("scheduler_step" + arguments).c_str());
   m.def(("scheduler_step_backwards" + arguments).c_str());
 }

@@ -12,10 +12,10 @@ STABLE_TORCH_LIBRARY(mmgen_kernels_cuda, m) {
   m.def("philox_uniform(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
   m.def("philox_normal(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor");
   m.def("fold_in(Tensor key, Tensor i) -> Tensor");
-  m.def("scheduler_step(Tensor input_0, Tensor? input_1, Tensor? input_2, Tensor? input_3, Tensor? input_4, Tensor? uncond, Tensor? noise,"
-        " Tensor? variance, Tensor coefficients, Tensor? index, Tensor? key, SymInt step, int guided, float guidance_scale,"
-        " float guidance_rescale, float? clamp, float? threshold, float threshold_max, ScalarType dtype_0, ScalarType? dtype_1,"
-        " ScalarType? dtype_2) -> (Tensor, Tensor, Tensor)");
+  m.def("scheduler_step(Tensor input_0, Tensor coefficients, SymInt step, ScalarType dtype_0, Tensor? input_1, ScalarType? dtype_1, Tensor? input_2,"
+        " Tensor? input_3, Tensor? input_4, ScalarType? dtype_2, float? clamp, Tensor? noise, Tensor? key, Tensor? index, Tensor? uncond,"
+        " int guided, float guidance_scale, float guidance_rescale, Tensor? variance, float? threshold, float threshold_max)"
+        " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels_cuda, CUDA, m) {

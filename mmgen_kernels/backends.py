@@ -124,7 +124,7 @@ def reasons_against(operator: Operator, implementation: str, device: str) -> lis
 
 def choose(operator: Operator, family: str, device: str) -> str:
     """The implementation that serves `operator` on `device`."""
-    forced = _forced.get(family) or _forced.get(None)
+    forced = (_forced.get(family) or _forced.get(None)) if _forced else None
     if forced is not None:
         if reasons := reasons_against(operator, forced, device):
             raise RuntimeError(

@@ -52,6 +52,7 @@ class Operator:
         self.outputs = [r.name for r in parsed.returns]
         self.tensors = [i for i, a in enumerate(parsed.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
         self.written = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        self.defaults = tuple(a.default_value for a in parsed.arguments)  # None where there is none
         self.reference, self.fake, self.launchers = reference, fake, launchers
         self.parts: tuple[Operator, ...] = ()  # the operators that it calls
         self.backward: Operator | None = None
@@ -66,11 +67,13 @@ class Operator:
         self.has_cpp = False  # set once the C++ part is loaded: a plain attribute, which Dynamo can guard
 
         signature = schema[schema.index("(") :]
+        if any(a.has_default_value() for a in parsed.arguments):  # which torch leaves out of calls of Python
+            fake = self.of_all(fake)
         for overload in ("default", "reference", *launchers):
             qualified = self.name if overload == "default" else f"{self.name}.{overload}"
             LIBRARY.define(qualified + signature, tags=(torch.Tag.pt2_compliant_tag,))
             kernel = _import_launcher(launchers[overload]) if overload in launchers else reference
-            LIBRARY.impl(qualified, _python_kernel(kernel), "CompositeExplicitAutograd")
+            LIBRARY.impl(qualified, self.python_kernel(kernel), "CompositeExplicitAutograd")
             self.overloads[overload] = getattr(getattr(getattr(torch.ops, NAMESPACE), self.name), overload)
             torch.library.register_fake(self.overloads[overload], fake, lib=LIBRARY)
             # the rule calls the very overload that was called, or vmap would undo the choice of implementation
@@ -80,21 +83,45 @@ class Operator:
         OPERATORS[self.name] = self
 
     def __call__(self, implementation: str, *args: Any) -> Any:
-        """Runs the operator by the cheapest road that is right: see the table in docs/design.md."""
+        """Runs the operator by the cheapest road that is right: see the table in docs/design.md.
+
+        The last arguments may be left out where the schema has defaults: one that is passed costs 0.1 us, whatever it is.
+        """
         if torch.compiler.is_compiling():
-            return self.reference(*args) if implementation == INLINE else self.overloads[implementation](*args)
+            return self.reference(*self.filled(args)) if implementation == INLINE else self.overloads[implementation](*args)
         overload = self.overloads[implementation]
         if functorch_is_active():
-            return overload(*args) if self.backward is None else _Functorch.apply(self, implementation, *args)
+            return overload(*args) if self.backward is None else _Functorch.apply(self, implementation, *self.filled(args))
         if self.backward is not None and torch.is_grad_enabled():
+            given = len(args)
             for i in self.tensors:
-                if args[i] is not None and args[i].requires_grad:
+                if i < given and args[i] is not None and args[i].requires_grad:
+                    args = self.filled(args)
                     return _apply_eager(self, implementation, *[unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
         with BelowAutograd():
             output = overload(*args)
         for i in self.written:  # below autograd nobody else tells it that what it may have saved is no longer there
             torch.autograd.graph.increment_version(args[i])
         return output
+
+    def filled(self, args: tuple) -> tuple:
+        return args if len(args) == len(self.defaults) else (*args, *self.defaults[len(args) :])
+
+    def of_all(self, function: Callable) -> Callable:
+        """The function, called without its last arguments, with their defaults."""
+        return lambda *args: function(*self.filled(args))
+
+    def python_kernel(self, function: Callable) -> Callable:
+        """One written in Python must record no autograd, must not be cast by autocast, and returns what the fake says: dense."""
+
+        def kernel(*args):
+            with BelowAutograd(), NoAutocast():
+                output = function(*self.filled(args))
+            if output is None:  # of an operator that writes its arguments
+                return None
+            return tuple(o.contiguous() for o in output) if isinstance(output, tuple) else output.contiguous()
+
+        return kernel
 
     # -- autograd by names --------------------------------------------------------------------------------------------
 
@@ -139,7 +166,8 @@ class Operator:
             begin[kind], at = at, at + count
         self.saved, self.plain, self.shaped = picker(kinds["saved"]), picker(kinds["plain"]), kinds["shape"]
         self.arguments = picker([begin[kind] + of for kind, of in sources])
-        self.wanted = picker([i for i, name in enumerate(self.inputs) if f"grad_{name}" in backward.outputs])
+        of_inputs = [result.removeprefix("grad_") for result in backward.outputs if result not in self.outputs]
+        self.wanted = picker([self.inputs.index(name) for name in of_inputs])
         places = {result: 1 + i for i, result in enumerate(backward.outputs)}
         places |= {f"grad_{name}": 1 + len(backward.outputs) + self.outputs.index(of) for name, of in passed_on.items()}
         self.gradient_of = [places.get(f"grad_{name}", 0) for name in self.inputs]
@@ -164,12 +192,14 @@ class Operator:
 
     def gradients(self, call: Callable, ctx: Any, *grads: Tensor | None) -> tuple:
         """Calls the backward with arguments found by name; returns one gradient (or None) per input of the forward."""
-        # the two leading arguments of the Function classes below are not inputs of the operator
-        needed = ctx.needs_input_grad[-len(self.inputs) :]
+        # The two leading arguments of the Function classes below are not inputs of the operator. Where there are fewer than those,
+        # the last were left out, and want none.
+        asked = ctx.needs_input_grad[-len(self.inputs) :]
+        needed = (*asked, *[False] * (len(self.inputs) - len(asked)))
         upstream = [None if is_placeholder(grad) else grad for grad in grads]
         results = call(*self.arguments((*upstream, *needed, *ctx.saved_tensors, *ctx.rest, list(self.wanted(needed)))))
         known = (None, *results, *grads) if isinstance(results, tuple) else (None, results, *grads)
-        return tuple([known[of] if need else None for of, need in zip(self.gradient_of, needed, strict=True)])
+        return tuple([known[of] if need else None for of, need in zip(self.gradient_of, asked, strict=False)])
 
     def refuse_double_backward(self, ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{NAMESPACE}: {self.name} has no derivative; the operator is differentiable once")
@@ -247,19 +277,6 @@ def _import_launcher(path: str) -> Callable:
         return getattr(importlib.import_module(module), function)(*args)
 
     return launcher
-
-
-def _python_kernel(function: Callable) -> Callable:
-    """A kernel written in Python must record no autograd, must not be cast by autocast, and returns what the fake says: dense."""
-
-    def kernel(*args):
-        with BelowAutograd(), NoAutocast():
-            output = function(*args)
-        if output is None:  # of an operator that writes its arguments
-            return None
-        return tuple(o.contiguous() for o in output) if isinstance(output, tuple) else output.contiguous()
-
-    return kernel
 
 
 def vmap_by_loop(operator: Operator, call: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple:

@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> add_noise_cpu(const Tensor& x0, const Optional& noise
   const std::vector<Result> results = is_double(x0) || (noise && is_double(*noise))
                                           ? run<double>(data, eps, dense_key, weights, target)
                                           : run<float>(data, eps, dense_key, weights, target);
-  return {results[0].tensor, target ? results[1].tensor : torch::stable::new_empty(x0, {0}, x0.scalar_type())};
+  return {results[0].tensor, target ? results[1].tensor : nothing(x0, x0.scalar_type())};
 }
 
 }  // namespace mmgen_kernels::schedule

@@ -25,14 +25,11 @@ struct Result {
   int64_t bytes;
   int dtype;
 
-  Result(const Tensor& like, ScalarType as) : tensor(torch::stable::new_empty(like, sizes_of(like), as)) {
+  Result(const Tensor& like, ScalarType as) : tensor(quick_empty(like, like.sizes(), as)) {
     data = static_cast<char*>(tensor.mutable_data_ptr());
     bytes = static_cast<int64_t>(tensor.element_size());
     dtype = static_cast<int>(float_of(as));
   }
-
- private:
-  static std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 };
 
 // Normals of philox_normal(shape, key), or of fold_in(key, step) in its place, in the type that is computed in.

@@ -1,6 +1,7 @@
 // How the kernels of the family see a tensor: sample by sample.
 #pragma once
 
+#include "quick_tensors.h"
 #include "torch_tensors.h"
 
 namespace mmgen_kernels::schedule {

@@ -14,11 +14,11 @@ using OptionalType = std::optional<torch::headeronly::ScalarType>;
 
 // Up to three affine outputs; those that are not asked for are empty.
 using StepOperator = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>(
-    const torch::stable::Tensor& input_0, const Optional& input_1, const Optional& input_2, const Optional& input_3,
-    const Optional& input_4, const Optional& uncond, const Optional& noise, const Optional& variance,
-    const torch::stable::Tensor& coefficients, const Optional& index, const Optional& key, int64_t step, int64_t guided,
-    double guidance_scale, double guidance_rescale, std::optional<double> clamp, std::optional<double> threshold,
-    double threshold_max, torch::headeronly::ScalarType dtype_0, OptionalType dtype_1, OptionalType dtype_2);
+    const torch::stable::Tensor& input_0, const torch::stable::Tensor& coefficients, int64_t step,
+    torch::headeronly::ScalarType dtype_0, const Optional& input_1, OptionalType dtype_1, const Optional& input_2,
+    const Optional& input_3, const Optional& input_4, OptionalType dtype_2, std::optional<double> clamp, const Optional& noise,
+    const Optional& key, const Optional& index, const Optional& uncond, int64_t guided, double guidance_scale,
+    double guidance_rescale, const Optional& variance, std::optional<double> threshold, double threshold_max);
 StepOperator scheduler_step_cpu, scheduler_step_cuda;
 
 torch::stable::Tensor guidance_cpu(const torch::stable::Tensor& cond, const torch::stable::Tensor& uncond, double scale,

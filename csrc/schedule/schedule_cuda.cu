@@ -5,10 +5,10 @@
 namespace mmgen_kernels::schedule {
 
 std::tuple<Tensor, Tensor, Tensor> scheduler_step_cuda(
-    const Tensor& input_0, const Optional& input_1, const Optional& input_2, const Optional& input_3, const Optional& input_4,
-    const Optional& uncond, const Optional& noise, const Optional& variance, const Tensor& coefficients, const Optional& index,
-    const Optional& key, int64_t step, int64_t guided, double guidance_scale, double guidance_rescale, std::optional<double> clamp,
-    std::optional<double> threshold, double, ScalarType dtype_0, OptionalType dtype_1, OptionalType dtype_2) {
+    const Tensor& input_0, const Tensor& coefficients, int64_t step, ScalarType dtype_0, const Optional& input_1, OptionalType dtype_1,
+    const Optional& input_2, const Optional& input_3, const Optional& input_4, OptionalType dtype_2, std::optional<double> clamp,
+    const Optional& noise, const Optional& key, const Optional& index, const Optional& uncond, int64_t guided, double guidance_scale,
+    double guidance_rescale, const Optional& variance, std::optional<double> threshold, double) {
   if (threshold || (uncond && guidance_rescale != 0)) gpu::refuse_step("the CUDA C++ kernel has no number of a whole sample");
   const simt::Device device(input_0);
   return gpu::run_step({input_0, {&input_1, &input_2, &input_3, &input_4}, uncond, noise, variance, coefficients, index, key, step,

@@ -18,7 +18,7 @@ struct Table {
   const double* data;
   int64_t steps, rows, columns;
 
-  explicit Table(const Tensor& given) : tensor(torch::stable::contiguous(given)) {
+  explicit Table(const Tensor& given) : tensor(made_contiguous(given)) {
     if (given.scalar_type() != ScalarType::Double || given.dim() != 3) refuse("coefficients must be float64 (steps, rows, columns)");
     data = static_cast<const double*>(tensor.const_data_ptr());
     steps = tensor.size(0), rows = tensor.size(1), columns = tensor.size(2);
@@ -171,17 +171,20 @@ std::vector<Tensor> run(const Table& table, Call& call) {
   const Samples& first = call.sources[0];
   Pass<Real> pass{kernels, call.sources, {}, {}, call.variance ? &*call.variance : nullptr,
                   call.spread_noise ? &*call.spread_noise : nullptr};
+  pass.results.reserve(max_outputs);
   for (ScalarType dtype : call.dtypes) pass.results.emplace_back(first.tensor, dtype);
   if (call.key)
     pass.stream = {static_cast<const uint64_t*>(call.key->const_data_ptr()), call.key->dim() == 2,
                    philox::kernels_of(selected()).normal[pass.own]};
   std::vector<Formula<Real>> formulas;
+  formulas.reserve(static_cast<size_t>(first.count));
   for (int64_t b = 0; b < first.count; ++b)
     formulas.push_back(formula_of<Real>(table, call.steps.of(b), call, rescaled.empty() ? 1 : rescaled[static_cast<size_t>(b)]));
   if (call.limits.threshold && first.size > 0) find_thresholds(pass, formulas, first, call.limits);
   pass.run(formulas, first.size);
 
   std::vector<Tensor> results;
+  results.reserve(max_outputs);
   for (const Result& r : pass.results) results.push_back(r.tensor);
   return results;
 }
@@ -194,12 +197,13 @@ void check_key(const Tensor& key, int64_t samples) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> scheduler_step_cpu(
-    const Tensor& input_0, const Optional& input_1, const Optional& input_2, const Optional& input_3, const Optional& input_4,
-    const Optional& uncond, const Optional& noise, const Optional& variance, const Tensor& coefficients, const Optional& index,
-    const Optional& key, int64_t step, int64_t guided, double guidance_scale, double guidance_rescale, std::optional<double> clamp,
-    std::optional<double> threshold, double threshold_max, ScalarType dtype_0, OptionalType dtype_1, OptionalType dtype_2) {
+    const Tensor& input_0, const Tensor& coefficients, int64_t step, ScalarType dtype_0, const Optional& input_1, OptionalType dtype_1,
+    const Optional& input_2, const Optional& input_3, const Optional& input_4, OptionalType dtype_2, std::optional<double> clamp,
+    const Optional& noise, const Optional& key, const Optional& index, const Optional& uncond, int64_t guided, double guidance_scale,
+    double guidance_rescale, const Optional& variance, std::optional<double> threshold, double threshold_max) {
   const Table table(coefficients);
   Call call{};
+  call.sources.reserve(max_inputs);
   bool wide = false;
   const auto samples_of = [&](const Tensor& t) {
     Samples s(t);
@@ -244,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> scheduler_step_cpu(
   }
 
   std::vector<Tensor> results = wide ? run<double>(table, call) : run<float>(table, call);
-  while (results.size() < max_outputs) results.push_back(torch::stable::new_empty(input_0, {0}, dtype_0));
+  while (results.size() < max_outputs) results.push_back(nothing(input_0, dtype_0));
   return {results[0], results[1], results[2]};
 }
 

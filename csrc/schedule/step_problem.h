@@ -48,9 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> run_step(const Arguments& a, const Launch& la
   for (const OptionalType& dtype : a.dtypes)
     if (dtype) p.results[p.outputs++].dtype = float_of(*dtype);
   for (int k = 0; k < max_outputs; ++k) {
-    const std::vector<int64_t> shape(first.tensor.sizes().begin(), first.tensor.sizes().end());
-    results.push_back(torch::stable::new_empty(first.tensor, k < p.outputs ? shape : std::vector<int64_t>{0},
-                                               k < p.outputs ? *a.dtypes[k] : *a.dtypes[0]));
+    const Tensor& like = first.tensor;
+    results.push_back(k < p.outputs ? quick_empty(like, like.sizes(), *a.dtypes[k]) : nothing(like, *a.dtypes[0]));
     if (k < p.outputs) p.results[k].data = results.back().mutable_data_ptr();
   }
 

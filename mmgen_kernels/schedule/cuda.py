@@ -14,7 +14,7 @@ __all__ = ["scheduler_step", "scheduler_step_backward"]
 
 def scheduler_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What needs a number of each sample first runs on Triton, beside whose further launches a start is little."""
-    uncond, rescale, threshold = arguments[5], arguments[14], arguments[16]
+    uncond, rescale, threshold = arguments[14], arguments[17], arguments[19]
     if threshold is not None or (uncond is not None and rescale != 0):
         from mmgen_kernels.schedule import triton_kernels
 

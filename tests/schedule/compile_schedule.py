@@ -34,14 +34,14 @@ def step(rows, dtype=BF16, shape=(2, 16, 64), mixed=None, **options):
     n, outputs = rows.shape[-1] - 2, len(rows) - 1 - ("variance" in options)
     tensor = torch.empty(shape, dtype=dtype)
     other = torch.empty(shape, dtype=mixed or dtype)
-    inputs = [tensor, *[other] * (n - 1), *[None] * (5 - n)]
-    given = [other if options.get(name) else None for name in ("uncond", "noise", "variance")]
+    more = [*[other] * (n - 1), *[None] * (5 - n)]
+    uncond, noise, variance = (other if options.get(name) else None for name in ("uncond", "noise", "variance"))
     key = torch.zeros({"one": (2,), "each": (shape[0], 2)}[options["key"]], dtype=torch.int64) if "key" in options else None
     index = torch.zeros((), dtype=torch.int64) if options.get("on_device") else None
     dtypes = [dtype if k < outputs else None for k in range(3)]
     scheduler_step(
-        *inputs, *given, rows[None], index, key, 0, 0, 7.5, options.get("rescale", 0.0), options.get("clamp"),
-        options.get("threshold"), 1.5, *dtypes,
+        tensor, rows[None], 0, dtypes[0], more[0], dtypes[1], *more[1:], dtypes[2], options.get("clamp"), noise, key, index, uncond,
+        0, 7.5, options.get("rescale", 0.0), variance, options.get("threshold"), 1.5,
     )  # fmt: skip
 
 

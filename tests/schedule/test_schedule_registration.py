@@ -48,13 +48,12 @@ def samples(name):
     """Arguments that reach every branch of an operator's fake and schema."""
     (x, m), (u, v) = pair(3, 4, 5), pair(3, 4, 5)
     none = (None, None, None)
-    step = (x, m, *none)
-    limits = (None, None, 1.0)
     calls = {
         "scheduler_step": [
-            (*step, None, None, None, TABLE, None, KEY, 2, 0, 1.0, 0.0, 0.7, None, 1.0, FP32, BF16, None),
-            (*step, u, v, None, TABLE, torch.arange(3), None, 0, 1, 3.0, 0.5, *limits, FP32, FP32, None),
-            (*step, None, u, v, LEARNED, None, None, 1, 0, 1.0, 0.0, None, 0.9, 2.0, FP64, FP32, None),
+            (x, TABLE, 2, FP32, m, BF16, *none, None, 0.7, None, KEY),
+            (x, TABLE[:, :2], 3, FP32, m),
+            (x, TABLE, 0, FP32, m, FP32, *none, None, None, v, None, torch.arange(3), u, 1, 3.0, 0.5, None, None, 1.0),
+            (x, LEARNED, 1, FP64, m, FP32, *none, None, None, u, None, None, None, 0, 1.0, 0.0, v, 0.9, 2.0),
         ],
         "guidance": [(x, m, 7.5, 0.0), (x, m, 7.5, 0.7)],
         "add_noise": [
@@ -66,10 +65,12 @@ def samples(name):
     forward = OPERATORS[name.removesuffix("_backward")]
     for arguments in calls[forward.name]:
         if name == forward.name:
-            if name != "scheduler_step" or arguments[-6] is None or arguments[-5] is None:
-                yield arguments
+            yield arguments
             continue
-        given = {n: a.detach() if isinstance(a, torch.Tensor) else a for n, a in zip(forward.inputs, arguments, strict=True)}
+        given = {
+            n: a.detach() if isinstance(a, torch.Tensor) else a
+            for n, a in zip(forward.inputs, forward.filled(arguments), strict=True)
+        }
         outputs = forward.reference(*given.values())
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         upstream = {f"grad_{n}": torch.randn_like(o) for n, o in zip(forward.outputs, outputs, strict=True) if o.numel()}

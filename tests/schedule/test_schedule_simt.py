@@ -22,8 +22,8 @@ KEY = torch.tensor([11, 2**35])
 
 def by_fibers(*arguments):
     """In both orders of threads: a missing barrier would show."""
-    found = torch.ops.mmgen_kernels_probe.scheduler_step(*arguments)
-    again = torch.ops.mmgen_kernels_probe.scheduler_step_backwards(*arguments)
+    found = torch.ops.mmgen_kernels_probe.scheduler_step(*STEP.filled(arguments))
+    again = torch.ops.mmgen_kernels_probe.scheduler_step_backwards(*STEP.filled(arguments))
     assert all(map(same_bits, found, again))
     return found
 
@@ -55,8 +55,10 @@ def test_case(monkeypatch, case, dtypes):
 
 def step(inputs, at, dtypes, *, noise=None, key=None, clamp=None, table=TABLE):
     index, number = (at, 0) if isinstance(at, torch.Tensor) else (None, at)
-    inputs = (*inputs, *[None] * (5 - len(inputs)))
-    return by_fibers(*inputs, None, noise, None, table, index, key, number, 0, 1.0, 0.0, clamp, None, 1.0, *dtypes, None)
+    first, second, *more = (*inputs, *[None] * (5 - len(inputs)))
+    dtype_0, dtype_1 = dtypes
+    given = (first, table, number, dtype_0, second, dtype_1, *more, None, clamp, noise, key, index)
+    return by_fibers(*given)
 
 
 def test_samples_that_begin_anywhere():
@@ -103,5 +105,5 @@ def test_what_needs_a_whole_sample_goes_to_triton(monkeypatch):
     monkeypatch.setattr(triton_kernels, "scheduler_step", lambda *arguments: arguments)
     x = torch.ones(2, 3)
     for uncond, rescale, threshold in ((None, 0.0, 0.9), (x, 0.5, None)):
-        given = (x, *[None] * 4, uncond, None, None, TABLE, None, None, 0, 0, 1.0, rescale, None, threshold, 1.0, FP32, FP32, None)
+        given = (x, TABLE, 0, FP32, None, FP32, *[None] * 8, uncond, 0, 1.0, rescale, None, threshold, 1.0)
         assert all(got is was for got, was in zip(cuda.scheduler_step(*given), given, strict=True))

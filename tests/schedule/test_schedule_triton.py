@@ -242,9 +242,8 @@ def test_opcheck(process):
 
 def check_operators():
     x, m = (randn(3, 4, 5, seed=i).float().requires_grad_() for i in range(2))
-    nothing = [None] * 3
     of = torch.ops.mmgen_kernels
-    step = (x, m, *nothing, None, None, None, TABLE, None, KEY, 2, 0, 1.0, 0.0, 0.7, None, 1.0, FP32, BF16, None)
+    step = (x, TABLE, 2, FP32, m, BF16, None, None, None, None, 0.7, None, KEY)
     torch.library.opcheck(of.scheduler_step.triton, step)
     torch.library.opcheck(of.guidance.triton, (x, m, 7.5, 0.7))
     torch.library.opcheck(of.add_noise.triton, (x, None, KEY, torch.rand(3), None, "linear", "flow"))

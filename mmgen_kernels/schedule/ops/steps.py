@@ -12,6 +12,7 @@ from mmgen_kernels.checks import check_floats
 from mmgen_kernels.schedule import reference
 from mmgen_kernels.schedule.ops.checks import (
     FAMILY,
+    MAX_OUTPUTS,
     check_alike,
     check_coefficients,
     check_dtypes,
@@ -91,17 +92,45 @@ def scheduler_step(
         guided = 0
     if first.dim() == 0 and (threshold is not None or (uncond is not None and guidance_rescale != 0)):
         raise ValueError("inputs[0] must be (B, ...) where a threshold or a rescaled guidance asks for samples, got a scalar")
-    tensors = (*inputs, *[None] * (INPUTS - len(inputs)), uncond, z, variance)
+    tensors = (*inputs, uncond, z, variance)
     if threshold is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError("threshold has no derivative here: detach the inputs, or call under torch.no_grad()")
     index, number = (step, 0) if isinstance(step, Tensor) else (None, step)
     ratio, maximum = threshold or (None, 1.0)
+    dtype_0, dtype_1, dtype_2 = check_dtypes(dtypes, outputs, first)
+    second, *more = padded(inputs[1:], INPUTS - 1)
     results = SCHEDULER_STEP(
         backends.choose(SCHEDULER_STEP, FAMILY, first.device.type),
-        *tensors, coefficients, index, key, number, guided, float(guidance_scale), float(guidance_rescale),
-        clamp, ratio, float(maximum), *check_dtypes(dtypes, outputs, first),
+        first, coefficients, number, dtype_0, second, dtype_1, *more, dtype_2, clamp, z, key, index, uncond, guided,
+        float(guidance_scale), float(guidance_rescale), variance, ratio, float(maximum),
     )  # fmt: skip
     return results[:outputs]
+
+
+def planned_step(
+    inputs: Sequence[Tensor],
+    coefficients: Tensor,
+    step: int,
+    dtypes: Sequence[torch.dtype],
+    clamp: float | None = None,
+    noise: Tensor | None = None,
+    key: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`scheduler_step` by a table that a plan made, of tensors that the caller has compared: on a small sample the checks would
+    take as long as the work."""
+    first, outputs = inputs[0], len(dtypes)
+    arguments: tuple = first, coefficients, step, dtypes[0]
+    if clamp is None and noise is None and key is None and len(inputs) == 2 and outputs < 3:
+        arguments += (inputs[1],) if outputs == 1 else (inputs[1], dtypes[1])
+    else:
+        second, *more = padded(inputs[1:], INPUTS - 1)
+        dtype_1, dtype_2 = padded(dtypes[1:], MAX_OUTPUTS - 1)
+        arguments += (second, dtype_1, *more, dtype_2, clamp, noise, key)
+    return SCHEDULER_STEP(backends.choose(SCHEDULER_STEP, FAMILY, first.device.type), *arguments)[:outputs]
+
+
+def padded(given: Sequence, count: int) -> list:
+    return [*given, *[None] * (count - len(given))]
 
 
 def guidance(cond: Tensor, uncond: Tensor, scale: float, *, rescale: float = 0.0) -> Tensor:
@@ -191,15 +220,22 @@ def add_noise(
 # -- registration -----------------------------------------------------------------------------------------------------
 
 TENSORS = (*(f"input_{i}" for i in range(INPUTS)), "uncond", "noise", "variance")
+# Those that few calls have come last: what is left out costs nothing on its way through Python.
 ARGUMENTS = (
+    "Tensor input_0, Tensor coefficients, SymInt step, ScalarType dtype_0, Tensor? input_1=None, ScalarType? dtype_1=None,"
+    " Tensor? input_2=None, Tensor? input_3=None, Tensor? input_4=None, ScalarType? dtype_2=None, float? clamp=None,"
+    " Tensor? noise=None, Tensor? key=None, Tensor? index=None, Tensor? uncond=None, int guided=0, float guidance_scale=1.0,"
+    " float guidance_rescale=0.0, Tensor? variance=None, float? threshold=None, float threshold_max=1.0"
+)
+SAVED = (
     "Tensor input_0, " + ", ".join(f"Tensor? {name}" for name in TENSORS[1:]) + ", Tensor coefficients, Tensor? index, Tensor? key,"
     " SymInt step, int guided, float guidance_scale, float guidance_rescale, float? clamp"
 )
 
 
-def scheduler_step_fake(input_0, *rest):
-    dtypes = rest[-3:]
-    return tuple(input_0.new_empty(0 if d is None else input_0.shape, dtype=d or dtypes[0]) for d in dtypes)
+def scheduler_step_fake(input_0, coefficients, step, dtype_0, input_1, dtype_1, *rest):
+    dtypes = dtype_0, dtype_1, rest[3]
+    return tuple(input_0.new_empty(0 if d is None else input_0.shape, dtype=d or dtype_0) for d in dtypes)
 
 
 def scheduler_step_backward_fake(grad_0, grad_1, grad_2, *rest):
@@ -223,11 +259,10 @@ def launchers(name: str, **modules: str) -> dict[str, tuple[str, str] | str]:
 
 
 SCHEDULER_STEP = library.define(
-    f"scheduler_step({ARGUMENTS}, float? threshold, float threshold_max, ScalarType dtype_0, ScalarType? dtype_1,"
-    " ScalarType? dtype_2) -> (Tensor output_0, Tensor output_1, Tensor output_2)",
+    f"scheduler_step({ARGUMENTS}) -> (Tensor output_0, Tensor output_1, Tensor output_2)",
     reference=reference.scheduler_step,
     fake=scheduler_step_fake,
-    backward=f"scheduler_step_backward(Tensor? grad_output_0, Tensor? grad_output_1, Tensor? grad_output_2, {ARGUMENTS},"
+    backward=f"scheduler_step_backward(Tensor? grad_output_0, Tensor? grad_output_1, Tensor? grad_output_2, {SAVED},"
     f" bool[] needs) -> ({', '.join(f'Tensor grad_{name}' for name in TENSORS)})",
     backward_reference=reference.scheduler_step_backward,
     backward_fake=scheduler_step_backward_fake,

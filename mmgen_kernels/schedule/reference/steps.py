@@ -24,26 +24,26 @@ Number = float | Tensor  # of the host, or of a device and then of a shape that 
 
 def scheduler_step(
     input_0: Tensor,
+    coefficients: Tensor,
+    step: int,
+    dtype_0: torch.dtype,
     input_1: Tensor | None,
+    dtype_1: torch.dtype | None,
     input_2: Tensor | None,
     input_3: Tensor | None,
     input_4: Tensor | None,
-    uncond: Tensor | None,
+    dtype_2: torch.dtype | None,
+    clamp: float | None,
     noise: Tensor | None,
-    variance: Tensor | None,
-    coefficients: Tensor,
-    index: Tensor | None,
     key: Tensor | None,
-    step: int,
+    index: Tensor | None,
+    uncond: Tensor | None,
     guided: int,
     guidance_scale: float,
     guidance_rescale: float,
-    clamp: float | None,
+    variance: Tensor | None,
     threshold: float | None,
     threshold_max: float,
-    dtype_0: torch.dtype,
-    dtype_1: torch.dtype | None,
-    dtype_2: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (input_0, input_1, input_2, input_3, input_4, uncond, noise, variance)
     *inputs, uncond, noise, variance = in_one_dtype(tensors)
@@ -61,7 +61,7 @@ def scheduler_step(
         derived = thresholded(derived, threshold, threshold_max)
     dtypes = [d for d in (dtype_0, dtype_1, dtype_2) if d is not None]
     outputs = [combined(row[1 + k], [*inputs, derived, z]).to(dtype) for k, dtype in enumerate(dtypes)]
-    outputs += [input_0.new_empty(0, dtype=dtype_0)] * (3 - len(outputs))
+    outputs += [input_0.new_empty(0, dtype=dtype_0) for _ in range(3 - len(outputs))]
     return outputs[0], outputs[1], outputs[2]
 
 

@@ -16,6 +16,8 @@ from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.philox.ops import fold_in
 from mmgen_kernels.schedule import planner
 from mmgen_kernels.schedule.ops import scheduler_step
+from mmgen_kernels.schedule.ops.checks import check_inputs, split_noise
+from mmgen_kernels.schedule.ops.steps import planned_step
 from mmgen_kernels.schedule.planner import Plan, Run, Schedule
 from mmgen_kernels.schedule.reference import INPUTS
 from mmgen_kernels.schedule.schedulers.noise import Generators, key_from, randn
@@ -26,6 +28,10 @@ ANY_TIMESTEP = ("DDIMScheduler", "DDIMInverseScheduler", "CogVideoXDDIMScheduler
 
 class Unplanned(ValueError):
     """A call that no plan serves; the message names what it was."""
+
+
+PAIR = ("sample", "model_output")  # what `check_tensors` and `of_channels` have compared
+LEVELS = ("timesteps", "sigmas", "alphas_cumprod")
 
 
 class Table:
@@ -44,6 +50,8 @@ class Table:
             for row in plan.rows
         ]
         self.parts: dict[tuple[tuple[str, ...], int | None], Tensor] = {}
+        self.calls = [(used, 2 if used[:2] == PAIR else 1, self.of_inputs(used)) for used in self.used]
+        self.clamp = None if plan.clamp is None else plan.clamp[1]
         self.place = {int(t): k for k, t in reversed(list(enumerate(plan.timesteps)))}
 
     def require(self, k: int, named: Mapping[str, Tensor | None]) -> None:
@@ -69,7 +77,7 @@ class Stepper:
     def __init__(self, class_name: str, noise: str = "torch"):
         self.class_name, self.noise = class_name, noise
         self.tables: dict[Any, Table] = {}
-        self.seen: tuple[Any, ...] = ()
+        self.seen: tuple[Any, tuple[tuple[str, Any, int | None], ...]] | None = None
         self.planned: tuple[Any, Schedule] | None = None
         self.fetched: dict[int, tuple[Any, Any, tuple[Any, ...]]] = {}
         self.key: Tensor | None = None
@@ -78,23 +86,37 @@ class Stepper:
 
     def table(self, scheduler: Any, begin: int = 0, alone: int | None = None, **run: Any) -> Table:
         """The plan of the run that the scheduler is set to; `alone`: of a single timestep that is not in it."""
-        levels = t, s, a = scheduler.timesteps, getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
-        seen = (id(t), id(s), id(a), version_of(t), version_of(s), version_of(a), id(scheduler.config))
-        if seen != self.seen:  # set_timesteps, or somebody who changed its result
-            planned = scheduler.config, self.schedule(levels, None)
-            if self.planned is None or planned[0] is not self.planned[0] or planned[1] != self.planned[1]:
-                self.tables.clear()  # else it is the same run once more
-            self.planned = planned
-            self.seen, self.levels, self.key = seen, levels, None  # the tensors are kept: an id may be used again
+        if self.has_changed(scheduler):
+            self.look_at(scheduler)
         asked = (begin, alone, scheduler.num_inference_steps, *run.items())
-        if asked not in self.tables:
+        found = self.tables.get(asked)
+        if found is None:
             try:
                 of_run = Run(begin=begin, **self.length(scheduler, alone), **run)
-                plan = planner.plan(self.class_name, dict(scheduler.config), of_run, levels=self.schedule(levels, alone))
+                plan = planner.plan(self.class_name, dict(scheduler.config), of_run, levels=self.schedule(self.levels, alone))
             except (ValueError, ArithmeticError, NotImplementedError) as error:
                 raise Unplanned(str(error)) from error
-            self.tables[asked] = Table(plan, alone)
-        return self.tables[asked]
+            found = self.tables[asked] = Table(plan, alone)
+        return found
+
+    def has_changed(self, scheduler: Any) -> bool:
+        """Whether there was set_timesteps, or somebody who changed its result. Asked in every step: attributes and versions."""
+        if self.seen is None or scheduler.config is not self.seen[0]:
+            return True
+        held = vars(scheduler)
+        for name, level, version in self.seen[1]:
+            if held.get(name) is not level or (version is not None and level._version != version):
+                return True
+        return False
+
+    def look_at(self, scheduler: Any) -> None:
+        held = vars(scheduler)
+        self.levels = tuple(held.get(name) for name in LEVELS)
+        planned = scheduler.config, self.schedule(self.levels, None)
+        if self.planned is None or planned[0] is not self.planned[0] or planned[1] != self.planned[1]:
+            self.tables.clear()  # else it is the same run once more
+        self.planned, self.key = planned, None
+        self.seen = scheduler.config, tuple((name, v, version_of(v)) for name, v in zip(LEVELS, self.levels, strict=True))
 
     def length(self, scheduler: Any, alone: int | None) -> dict[str, Any]:
         if self.class_name in ANY_TIMESTEP or alone is None:
@@ -137,20 +159,23 @@ class Stepper:
         variance: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Row k of the table on tensors by name: the outputs by name, as many of them as `dtypes` has."""
-        plan, names = table.plan, table.used[k]
+        plan, (names, compared, coefficients) = table.plan, table.calls[k]
         if len(names) > INPUTS:
             return self.in_two(table, k, named, dtypes)
-        made = plan.outputs if len(dtypes) == len(plan.outputs) else plan.outputs[: len(dtypes)]
-        outputs = scheduler_step(
-            [named[name] for name in names],  # type: ignore[misc]
-            table.of_inputs(names, None if made is plan.outputs else 1 + len(made)),
-            k,
-            noise=noise,
-            clamp=None if plan.clamp is None else plan.clamp[1],
-            threshold=plan.threshold,
-            variance=variance,
-            dtypes=[dtypes[name] for name in made],
-        )
+        made = plan.outputs
+        if len(dtypes) < len(made):
+            made = made[: len(dtypes)]
+            coefficients = table.of_inputs(names, 1 + len(made))
+        inputs: list[Tensor] = [named[name] for name in names]  # type: ignore[misc]
+        wanted = [dtypes[name] for name in made]
+        if plan.threshold is not None or variance is not None:
+            options: dict[str, Any] = {"threshold": plan.threshold, "variance": variance, "dtypes": wanted}
+            outputs = scheduler_step(inputs, coefficients, k, noise=noise, clamp=table.clamp, **options)
+        else:
+            if len(inputs) > compared:
+                check_inputs(inputs)
+            z, key = (None, None) if noise is None else split_noise(noise, "sample", inputs[0])
+            outputs = planned_step(inputs, coefficients, k, wanted, table.clamp, z, key)
         return dict(zip(made, outputs, strict=True))
 
     def in_two(self, table: Table, k: int, named: Mapping[str, Tensor | None], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
@@ -162,9 +187,8 @@ class Stepper:
         n = len(plan.inputs)
         derive = torch.zeros(1, 2, 4, dtype=torch.float64)
         derive[0, 0, :2], derive[0, 1, 2] = row[0, :2], 1
-        clamp = None if plan.clamp is None else plan.clamp[1]
         pair = [named[plan.inputs[j]] for j in first]
-        (m0,) = scheduler_step(pair, derive, 0, clamp=clamp, threshold=plan.threshold, dtypes=[dtypes["m0"]])  # type: ignore[arg-type]
+        (m0,) = scheduler_step(pair, derive, 0, clamp=table.clamp, threshold=plan.threshold, dtypes=[dtypes["m0"]])  # type: ignore[arg-type]
         left = [i for i, name in enumerate(plan.outputs) if name != "m0"]
         then = torch.zeros(1, 1 + len(left), len(rest) + 3, dtype=torch.float64)
         then[0, 1:, :-2] = row[[1 + i for i in left]][:, [*rest, n]]

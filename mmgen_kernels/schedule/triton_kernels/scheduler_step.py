@@ -243,26 +243,26 @@ def add_up(cond, cond_b, uncond, uncond_b, sums, numbers, size, parts, length,
 
 def scheduler_step(
     input_0: Tensor,
+    coefficients: Tensor,
+    step: int,
+    dtype_0: torch.dtype,
     input_1: Tensor | None,
+    dtype_1: torch.dtype | None,
     input_2: Tensor | None,
     input_3: Tensor | None,
     input_4: Tensor | None,
-    uncond: Tensor | None,
+    dtype_2: torch.dtype | None,
+    clamp: float | None,
     noise: Tensor | None,
-    variance: Tensor | None,
-    coefficients: Tensor,
-    index: Tensor | None,
     key: Tensor | None,
-    step: int,
+    index: Tensor | None,
+    uncond: Tensor | None,
     guided: int,
     guidance_scale: float,
     guidance_rescale: float,
-    clamp: float | None,
+    variance: Tensor | None,
     threshold: float | None,
     threshold_max: float,
-    dtype_0: torch.dtype,
-    dtype_1: torch.dtype | None,
-    dtype_2: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = [u for u in (input_0, input_1, input_2, input_3, input_4) if u is not None]
     n = len(inputs)
@@ -327,11 +327,8 @@ def scheduler_step(
 def guidance(cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:
     """A step of one output, which is its guided input."""
     one = torch.tensor([[[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]], dtype=torch.float64)
-    nothing = (None, None, None, None)
-    no_limits = (None, None, 1.0)
-    return scheduler_step(
-        cond, *nothing, uncond, None, None, one, None, None, 0, 0, scale, rescale, *no_limits, cond.dtype, None, None
-    )[0]
+    nothing = (None, None, None, None, None)
+    return scheduler_step(cond, one, 0, cond.dtype, *nothing, *nothing, uncond, 0, scale, rescale, None, None, 1.0)[0]
 
 
 def rows_of(rows: list[list[float]], n: int, learned: bool, limited: bool) -> list[list[float]]:
