@@ -16,6 +16,7 @@ from mmgen_kernels.schedule.schedulers.classes_cogvideox import CogVideoXDDIMSch
 from mmgen_kernels.schedule.schedulers.classes_flow import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from mmgen_kernels.schedule.schedulers.classes_sigma import (
     CMStochasticIterativeScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
@@ -33,6 +34,7 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",

@@ -42,6 +42,7 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "HeunDiscreteScheduler": {"add_noise": noising.by_sigma},
     "KDPM2DiscreteScheduler": {"add_noise": noising.by_sigma},
     "KDPM2AncestralDiscreteScheduler": {"add_noise": noising.by_sigma},
+    "EDMDPMSolverMultistepScheduler": {"add_noise": noising.by_sigma},
     "EDMEulerScheduler": {"add_noise": noising.by_sigma},
     "CMStochasticIterativeScheduler": {"add_noise": noising.by_sigma},
     "DDIMInverseScheduler": {},  # which noises nothing

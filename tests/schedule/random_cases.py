@@ -329,6 +329,18 @@ def edm_euler(rng):
     return config, late(rng, run, run.get("num_inference_steps", 6))
 
 
+def edm_dpmsolver(rng):
+    config = edm(rng) | thresholding(rng) | {"prediction_type": rng.choice(("epsilon", "v_prediction"))}
+    config |= {"algorithm_type": rng.choice(("dpmsolver++", "dpmsolver++", "sde-dpmsolver++", "deis"))}
+    if config["algorithm_type"] == "deis":  # another name, which diffusers takes with that last level alone
+        config["final_sigmas_type"] = "sigma_min"
+    config |= {"solver_order": rng.randint(1, 2 if config["algorithm_type"].startswith("sde") else 3)}
+    config |= {"solver_type": rng.choice(("midpoint", "heun")), "lower_order_final": rng.random() < 0.7}
+    config |= {"euler_at_final": rng.random() < 0.2}
+    run = {"num_inference_steps": rng.choice((2, 3, 5, 8, 12, 16))}
+    return config, late(rng, run, run["num_inference_steps"])
+
+
 def consistency(rng):
     config = edm(rng) | {"num_train_timesteps": rng.choice((18, 40, 151)), "s_noise": rng.choice((1.0, 1.003))}
     config |= {"clip_denoised": rng.random() < 0.5}
@@ -346,6 +358,7 @@ RANDOM = {
     "KDPM2DiscreteScheduler": kdpm2,
     "KDPM2AncestralDiscreteScheduler": kdpm2_ancestral,
     "EDMEulerScheduler": edm_euler,
+    "EDMDPMSolverMultistepScheduler": edm_dpmsolver,
     "CMStochasticIterativeScheduler": consistency,
     "DDPMScheduler": ddpm,
     "DDIMScheduler": ddim,

@@ -74,6 +74,15 @@ CASES = {
         (V, {"sigmas": [0.0, 0.3, 0.55, 0.9, 1.0]}),
         ({"sigma_min": 0.05}, {"num_inference_steps": 8, "begin": 3, "s_churn": 40.0, "s_tmin": 0.5, "s_tmax": 9.0}),
     ],
+    "EDMDPMSolverMultistepScheduler": [
+        ({}, FIVE),
+        (V | {"solver_order": 3, "sigma_schedule": "exponential", "final_sigmas_type": "sigma_min"}, {"num_inference_steps": 16}),
+        ({"algorithm_type": "sde-dpmsolver++", "sigma_data": 1.0, "sigma_max": 20.0}, FIVE),
+        ({"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, {"num_inference_steps": 8, "begin": 3}),
+        (V | {"solver_type": "heun", "thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}, FIVE),
+        ({"solver_order": 1, "euler_at_final": True, "final_sigmas_type": "sigma_min"}, FIVE),
+        ({"solver_order": 3, "lower_order_final": False}, {"num_inference_steps": 7, "begin": 2}),
+    ],
     "CMStochasticIterativeScheduler": [
         ({}, FIVE),
         ({"clip_denoised": False, "sigma_data": 1.0}, {"num_inference_steps": 1}),

@@ -25,6 +25,7 @@ from mmgen_kernels.schedule.planner import (
     ddpm,
     deis,
     dpmsolver,
+    edm_dpmsolver,
     edm_euler,
     euler,
     euler_ancestral,
@@ -64,6 +65,7 @@ CLASSES: dict[str, ModuleType] = {
     "KDPM2DiscreteScheduler": kdpm2,
     "KDPM2AncestralDiscreteScheduler": kdpm2_ancestral,
     "EDMEulerScheduler": edm_euler,
+    "EDMDPMSolverMultistepScheduler": edm_dpmsolver,
     "CMStochasticIterativeScheduler": consistency,
 }
 

@@ -85,7 +85,7 @@ def plan(config: Config, run: Run, levels: Schedule) -> Plan:
     inputs = ("sample", "model_output", "m1", "m2")[: 1 + min(max(config["solver_order"], 1), 3)]
     rows = []
     for i in range(run.begin, steps):
-        order = min(config["solver_order"], i - run.begin + 1, _most(config, i, steps))
+        order = min(config["solver_order"], i - run.begin + 1, greatest_order(config, i, steps))
         original, m0 = _converted(config, algorithm, points[i], bool(clipping))
         near = [points[i + 1 - j] for j in range(order + 1)]  # the level to reach, this one, those before
         rows.append(matrix(inputs, original, update(algorithm, solver, near, m0), m0))
@@ -103,7 +103,7 @@ def plan(config: Config, run: Run, levels: Schedule) -> Plan:
     )
 
 
-def _most(config: Config, i: int, steps: int) -> int:
+def greatest_order(config: Config, i: int, steps: int) -> int:
     """The greatest order that the last steps allow."""
     few = config["lower_order_final"] and steps < 15
     if i == steps - 1 and (config["euler_at_final"] or few or config["final_sigmas_type"] == "zero"):

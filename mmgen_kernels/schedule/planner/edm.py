@@ -24,19 +24,22 @@ PREDICTIONS = ("epsilon", "v_prediction")
 SCHEDULES = ("karras", "exponential")
 
 
-def schedule(config: Config, ramp: Tensor) -> Schedule:
-    """Levels at the places of `ramp`, from 0 at sigma_max to 1 at sigma_min, in its dtype until they are rounded to fp32."""
-    kind, least, greatest, rho = (config[name] for name in ("sigma_schedule", "sigma_min", "sigma_max", "rho"))
+def schedule(config: Config, ramp: Tensor, least: float | None = None) -> Schedule:
+    """
+    Levels at the places of `ramp`, from 0 at sigma_max to 1 at sigma_min, in its dtype until they are rounded to fp32; and a last
+    one, where final_sigmas_type is sigma_min `least`, or the level before it once more.
+    """
+    kind, lowest, greatest, rho = (config[name] for name in ("sigma_schedule", "sigma_min", "sigma_max", "rho"))
     if kind not in SCHEDULES:
         raise ValueError(f"sigma_schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
     if kind == "karras":
-        start, end = greatest ** (1 / rho), least ** (1 / rho)
+        start, end = greatest ** (1 / rho), lowest ** (1 / rho)
         sigmas = ((start + ramp * (end - start)) ** rho).float()
     else:
-        ends = math.log(least), math.log(greatest)
+        ends = math.log(lowest), math.log(greatest)
         sigmas = torch.linspace(*ends, len(ramp), dtype=torch.float32, device="cpu").exp().flip(0)
     levels = sigmas.tolist()
-    last = f32(last_sigma(config, levels[-1]))
+    last = f32(last_sigma(config, levels[-1] if least is None else least))
     times = (0.25 * torch.log(sigmas)).tolist()
     return Schedule(tuple(times), "float32", (*levels, last), init_noise_sigma=sqrt(greatest**2 + 1))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mmgen_kernels.schedule import planner
 from mmgen_kernels.schedule.planner import consistency, edm, heun, kdpm2, lms
+from mmgen_kernels.schedule.schedulers.base import Multistep
 from mmgen_kernels.schedule.schedulers.classes import Device, Euler
 
 
@@ -126,6 +128,18 @@ class EDMEulerScheduler(Preconditioned):
         """The run: so many steps, or `sigmas`, which are places between sigma_max at 0 and sigma_min at 1, as diffusers has it."""
         places = sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
         self.set_run(device, num_inference_steps=None if places is not None else num_inference_steps, sigmas=places)
+
+
+class EDMDPMSolverMultistepScheduler(Preconditioned, Multistep):
+    """DPM-Solver++ (Lu et al. 2022), multistep, of models that are preconditioned as in Karras et al. 2022."""
+
+    def set_training_levels(self) -> None:
+        levels = edm.schedule(self.config, torch.linspace(0, 1, len(self), dtype=torch.float32))
+        self.set_levels(replace(levels, sigmas=(*(levels.sigmas or ())[:-1], 0.0)))
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+        """The run: so many steps."""
+        self.set_run(device, num_inference_steps=num_inference_steps)
 
 
 class CMStochasticIterativeScheduler(Preconditioned):

@@ -21,6 +21,7 @@ from mmgen_kernels.schedule.schedulers.steps_shared import (
     first_two,
     history_of,
     in_sigma_space,
+    multistep,
     refuse_indices,
     remember,
     require_timesteps,
@@ -173,21 +174,13 @@ def dpm_solver(
     generator: Generators = None,
     variance_noise: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    check_tensors(model_output, sample)
-    require_timesteps(s)
-    k = step_index(s, timestep)
-    table, row = with_history(stepper, s, k, s.lower_order_nums, s.config["solver_order"])
-    prediction, _ = of_channels(table.plan, model_output, sample)
-    dtype = torch.promote_types(sample.dtype, prediction.dtype)
-    named = {"sample": sample, "model_output": prediction, **history_of(s)}
-    table.require(row, named)  # before a generator is used
-    noise = None
-    if table.plan.draws_noise[row]:
-        noise = stepper.draw(table, prediction, generator, FP32) if variance_noise is None else variance_noise
-    found = stepper.run(table, row, named, dict.fromkeys(table.plan.outputs, dtype), noise)
-    remember(s, found["m0"])
-    s._step_index += 1
-    return (found["prev_sample"],)
+    return multistep(stepper, s, model_output, timestep, sample, generator, variance_noise, FP32)
+
+
+def edm_dpm_solver(
+    stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None
+) -> tuple[Tensor, ...]:
+    return multistep(stepper, s, model_output, timestep, sample, generator)
 
 
 def unipc(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, ...]:
@@ -229,6 +222,7 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "HeunDiscreteScheduler": (heun, ("prev_sample", "pred_original_sample")),
     "KDPM2DiscreteScheduler": (kdpm2, ("prev_sample", "pred_original_sample")),
     "KDPM2AncestralDiscreteScheduler": (kdpm2_ancestral, ("prev_sample", "pred_original_sample")),
+    "EDMDPMSolverMultistepScheduler": (edm_dpm_solver, ("prev_sample",)),
     "EDMEulerScheduler": (edm_euler, ("prev_sample", "pred_original_sample")),
     "CMStochasticIterativeScheduler": (consistency_model, ("prev_sample",)),
 }

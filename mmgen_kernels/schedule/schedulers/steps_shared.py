@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmgen_kernels.schedule.schedulers.stepper import ANY_TIMESTEP, Stepper, Table, Unplanned
+from mmgen_kernels.schedule.schedulers.noise import Generators
+from mmgen_kernels.schedule.schedulers.stepper import ANY_TIMESTEP, Stepper, Table, Unplanned, check_tensors, of_channels
 
 FP32 = torch.float32
 
@@ -64,6 +65,35 @@ def in_sigma_space(
     dtypes = {"prev_sample": dtype or prediction.dtype, "pred_original_sample": wide}
     found = stepper.run(table, k, named, dtypes, noise)
     return found["prev_sample"], found["pred_original_sample"]
+
+
+def multistep(
+    stepper: Stepper,
+    s: Any,
+    model_output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    generator: Generators = None,
+    variance_noise: Tensor | None = None,
+    dtype_of_noise: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """A step of a solver whose history is its converted model outputs, with noise where the plan has some."""
+    check_tensors(model_output, sample)
+    require_timesteps(s)
+    k = step_index(s, timestep)
+    table, row = with_history(stepper, s, k, s.lower_order_nums, s.config["solver_order"])
+    prediction, _ = of_channels(table.plan, model_output, sample)
+    dtype = torch.promote_types(sample.dtype, prediction.dtype)
+    named = {"sample": sample, "model_output": prediction, **history_of(s)}
+    table.require(row, named)  # before a generator is used
+    noise = None
+    if table.plan.draws_noise[row]:
+        given = variance_noise is not None
+        noise = variance_noise if given else stepper.draw(table, prediction, generator, dtype_of_noise or dtype)
+    found = stepper.run(table, row, named, dict.fromkeys(table.plan.outputs, dtype), noise)
+    remember(s, found["m0"])
+    s._step_index += 1
+    return (found["prev_sample"],)
 
 
 def with_history(stepper: Stepper, s: Any, k: int, kept: int, full: int, **run: Any) -> tuple[Table, int]:

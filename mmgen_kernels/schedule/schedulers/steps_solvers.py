@@ -9,22 +9,11 @@ from torch import Tensor
 
 from mmgen_kernels.schedule.schedulers.noise import Generators
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, check_tensors, of_channels
-from mmgen_kernels.schedule.schedulers.steps_shared import history_of, remember, require_timesteps, step_index, with_history
+from mmgen_kernels.schedule.schedulers.steps_shared import history_of, multistep, require_timesteps, step_index, with_history
 
 
 def deis(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, ...]:
-    check_tensors(model_output, sample)
-    require_timesteps(s)
-    k = step_index(s, timestep)
-    table, row = with_history(stepper, s, k, s.lower_order_nums, s.config["solver_order"])
-    prediction, _ = of_channels(table.plan, model_output, sample)
-    named = {"sample": sample, "model_output": prediction, **history_of(s)}
-    table.require(row, named)
-    dtype = torch.promote_types(sample.dtype, prediction.dtype)
-    found = stepper.run(table, row, named, dict.fromkeys(table.plan.outputs, dtype))
-    remember(s, found["m0"])
-    s._step_index += 1
-    return (found["prev_sample"],)
+    return multistep(stepper, s, model_output, timestep, sample)
 
 
 def singlestep(
