@@ -78,11 +78,43 @@ PHILOX_HOST_DEVICE void block(uint64_t seed, typename Ops::Wide counter, typenam
   words[0] = x, words[1] = y, words[2] = z, words[3] = w;
 }
 
+// The key of step, layer or sample i: two 64-bit words of the block offset + i.
+PHILOX_HOST_DEVICE void fold_in(uint64_t& seed, uint64_t& offset, uint64_t i) {
+  uint64_t words[4];
+  block<OneLane>(seed, offset + i, words);
+  seed = (words[0] & 0xffffffffu) | words[1] << 32, offset = (words[2] & 0xffffffffu) | words[3] << 32;
+}
+
 // first + x (second + x (third + ...))
 template <class Ops, class... Rest>
 PHILOX_HOST_DEVICE typename Ops::Float polynomial(typename Ops::Float x, float first, float second, Rest... rest) {
   if constexpr (sizeof...(rest) == 0) return Ops::multiply_add(x, second, first);
   else return Ops::multiply_add(x, polynomial<Ops>(x, second, rest...), first);
+}
+
+// ln u with u = (word + 1/2) / 2^32, to an ulp or two of that exact value.
+template <class Ops>
+PHILOX_HOST_DEVICE typename Ops::Float log_uniform(typename Ops::Word word) {
+  using Float = typename Ops::Float;
+  using Int = typename Ops::Int;
+  using Word = typename Ops::Word;
+
+  // Above 1/2, u is held as its distance from 1: ln u near 0 hangs on it.
+  const Int r = (Int)word;
+  const Int above_half = r >> 31;
+  const Float distance = (Ops::to_float(r ^ above_half) + 0.5f) * 0x1p-32f;
+  const Float u = above_half < 0 ? 1.0f - distance : distance;
+  // u = 2^exponent (1 + f), f in [-1/4, 1/2)
+  constexpr int32_t three_quarters = 0x3f400000;
+  const Int above = (Int)Ops::bits_of(u) - three_quarters;
+  const Int exponent = above >> 23;
+  const Float f = exponent == 0 ? -distance : Ops::from_bits((Word)((above & 0x7fffff) + three_quarters)) - 1.0f;
+  // (ln(1 + f) - f) / f^2 to 2^-27 of ln(1 + f)
+  const Float p = polynomial<Ops>(f, -0.5f, 0.33333453536f, -0.25000053644f, 0.19990606606f, -0.16647766531f, 0.14482061565f,
+                                  -0.13162232935f, 0.10448331386f, -0.04490960762f);
+  const Float n = Ops::to_float(exponent);
+  constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // n * ln2_high is exact
+  return Ops::multiply_add(n, ln2_high, f + Ops::multiply_add(f * f, p, n * ln2_low));
 }
 
 // R cos(2 pi v) and R sin(2 pi v) with R = sqrt(-2 ln u), u = (radius + 1/2) / 2^32, v = (angle + 1/2) / 2^32, to a few ulp of
@@ -94,25 +126,7 @@ PHILOX_HOST_DEVICE void box_muller(typename Ops::Word radius, typename Ops::Word
   using Int = typename Ops::Int;
   using Word = typename Ops::Word;
 
-  // Above 1/2, u is held as its distance from 1: R near 0 hangs on it.
-  const Int r = (Int)radius;
-  const Int above_half = r >> 31;
-  const Float distance = (Ops::to_float(r ^ above_half) + 0.5f) * 0x1p-32f;
-  const Float u = above_half < 0 ? 1.0f - distance : distance;
-  // u = 2^exponent (1 + f), f in [-1/4, 1/2)
-  constexpr int32_t three_quarters = 0x3f400000;
-  const Int above = (Int)Ops::bits_of(u) - three_quarters;
-  const Int exponent = above >> 23;
-  const Float f = exponent == 0 ? -distance : Ops::from_bits((Word)((above & 0x7fffff) + three_quarters)) - 1.0f;
-  const Float log_u = [&] {
-    // (ln(1 + f) - f) / f^2 to 2^-27 of ln(1 + f)
-    const Float p = polynomial<Ops>(f, -0.5f, 0.33333453536f, -0.25000053644f, 0.19990606606f, -0.16647766531f, 0.14482061565f,
-                                    -0.13162232935f, 0.10448331386f, -0.04490960762f);
-    const Float n = Ops::to_float(exponent);
-    constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // n * ln2_high is exact
-    return Ops::multiply_add(n, ln2_high, f + Ops::multiply_add(f * f, p, n * ln2_low));
-  }();
-  const Float R = Ops::root(-2.0f * log_u);
+  const Float R = Ops::root(-2.0f * log_uniform<Ops>(radius));
 
   // The angle is quadrant / 4 + x turns with x in [-1/8, 1/8), which is exact in integers.
   const Word turned = angle + 0x20000000u;

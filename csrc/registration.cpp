@@ -48,6 +48,8 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("diffusion_loss_backward", TORCH_BOX(&mmgen_kernels::schedule::diffusion_loss_backward_cpu));
   m.impl("hybrid_loss", TORCH_BOX(&mmgen_kernels::schedule::hybrid_loss_cpu));
   m.impl("hybrid_loss_backward", TORCH_BOX(&mmgen_kernels::schedule::hybrid_loss_backward_cpu));
+  m.impl("vq_diffusion_step", TORCH_BOX(&mmgen_kernels::schedule::vq_diffusion_step_cpu));
+  m.impl("unmask_step", TORCH_BOX(&mmgen_kernels::schedule::unmask_step_cpu));
   m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cpu));
   m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cpu));
   m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cpu));

@@ -69,7 +69,8 @@ constexpr Kernels kernels() {
           {fill<Lanes, Uniform<Lanes, Float::fp64>>, fill<Lanes, Uniform<Lanes, Float::fp32>>,
            fill<Lanes, Uniform<Lanes, Float::bf16>>, fill<Lanes, Uniform<Lanes, Float::fp16>>},
           {fill<Lanes, Normal<Lanes, Float::fp64>>, fill<Lanes, Normal<Lanes, Float::fp32>>,
-           fill<Lanes, Normal<Lanes, Float::bf16>>, fill<Lanes, Normal<Lanes, Float::fp16>>}};
+           fill<Lanes, Normal<Lanes, Float::bf16>>, fill<Lanes, Normal<Lanes, Float::fp16>>},
+          {fill<Lanes, Exponential<Lanes, Float::fp64>>, fill<Lanes, Exponential<Lanes, Float::fp32>>}};
 }
 
 }  // namespace

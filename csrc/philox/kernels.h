@@ -14,6 +14,7 @@ using Fill = void (*)(uint64_t seed, uint64_t offset, int64_t begin, int64_t end
 struct Kernels {
   Fill integers;
   Fill uniform[4], normal[4];  // by Float
+  Fill exponential[2];         // in fp64 and in fp32: -ln((word + 1/2) / 2^32)
 };
 
 extern const Kernels scalar_kernels;

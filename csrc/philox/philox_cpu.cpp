@@ -54,10 +54,8 @@ Tensor fold_in_cpu(const Tensor& key, const Tensor& i) {
   const auto* data = static_cast<const uint64_t*>(dense_i.const_data_ptr());
   auto* to = static_cast<uint64_t*>(out.mutable_data_ptr());
   for (int64_t k = 0; k < dense_i.numel(); ++k) {
-    uint64_t words[4];
-    block<OneLane>(pairs[2 * k], pairs[2 * k + 1] + data[k], words);
-    to[2 * k] = (words[0] & 0xffffffffu) | words[1] << 32;
-    to[2 * k + 1] = (words[2] & 0xffffffffu) | words[3] << 32;
+    to[2 * k] = pairs[2 * k], to[2 * k + 1] = pairs[2 * k + 1];
+    fold_in(to[2 * k], to[2 * k + 1], data[k]);
   }
   return out;
 }

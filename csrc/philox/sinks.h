@@ -79,10 +79,12 @@ struct Uniform {
   }
 };
 
-// box_muller of philox.h by libm: fp64 is not meant to be fast.
+// log_uniform and box_muller of philox.h by libm: fp64 is not meant to be fast.
+PHILOX_HOST_DEVICE double log_uniform_fp64(uint32_t word) {
+  return word >> 31 ? std::log1p(-(~word + 0.5) * 0x1p-32) : std::log((word + 0.5) * 0x1p-32);
+}
 PHILOX_HOST_DEVICE void box_muller_fp64(uint32_t radius, uint32_t angle, double* out) {
-  const double log_u = radius >> 31 ? std::log1p(-(~radius + 0.5) * 0x1p-32) : std::log((radius + 0.5) * 0x1p-32);
-  const double R = std::sqrt(-2 * log_u);
+  const double R = std::sqrt(-2 * log_uniform_fp64(radius));
   const uint32_t turned = angle + 0x20000000u, quadrant = turned >> 30;
   const double half_turns = (double(turned & 0x3fffffffu) - 0x1p29 + 0.5) * 0x1p-31;
 #if defined(__CUDA_ARCH__)  // whose sin and cos keep a table on the stack for angles that do not come here
@@ -117,6 +119,24 @@ struct Normal {
         Lanes::interleave(bits, reinterpret_cast<uint32_t*>(values));
         narrow<Lanes, F>(values, out);
       }
+    }
+  }
+};
+
+// Standard exponentials.
+template <class Lanes, Float F>
+struct Exponential {
+  using Out = typename Memory<F>::Type;
+  static PHILOX_HOST_DEVICE void write(typename Lanes::Word (&words)[4], Out* out) {
+    if constexpr (F == Float::fp64) {
+      constexpr int count = 4 * Lanes::width;
+      uint32_t flat[count];
+      Lanes::interleave(words, flat);
+      for (int i = 0; i < count; ++i) out[i] = -log_uniform_fp64(flat[i]);
+    } else {
+      typename Lanes::Word bits[4];
+      for (int k = 0; k < 4; ++k) bits[k] = Lanes::bits_of(-log_uniform<Lanes>(words[k]));
+      Lanes::interleave(bits, reinterpret_cast<uint32_t*>(out));
     }
   }
 };

@@ -44,11 +44,7 @@ struct Stream {
   Real* draw(int64_t sample, int64_t size, int64_t step, int64_t i, int64_t count, Real* room) const {
     const uint64_t* key = keys + (per_sample ? 2 * sample : 0);
     uint64_t seed = key[0], offset = key[1];
-    if (folds) {
-      uint64_t words[4];
-      philox::block<philox::OneLane>(seed, offset + static_cast<uint64_t>(step), words);
-      seed = (words[0] & 0xffffffffu) | words[1] << 32, offset = (words[2] & 0xffffffffu) | words[3] << 32;
-    }
+    if (folds) philox::fold_in(seed, offset, static_cast<uint64_t>(step));
     const int64_t first = per_sample ? i : sample * size + i, begin = first / 4 * 4;  // a stream is entered at its blocks
     fill(seed, offset, begin, first + count, room);
     return room + (first - begin);

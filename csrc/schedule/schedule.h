@@ -50,4 +50,16 @@ torch::stable::Tensor hybrid_loss_backward_cpu(const Optional& grad_loss, const 
                                                const torch::stable::Tensor& table, double vb_weight, bool kl,
                                                std::optional<double> clamp);
 
+// Codes of the step before, and their log-probabilities where asked for, else empty.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> vq_diffusion_step_cpu(
+    const torch::stable::Tensor& logits, const torch::stable::Tensor& x_t, const Optional& noise,
+    const torch::stable::Tensor& transitions, const Optional& index, const Optional& key, int64_t step, double temperature,
+    bool with_log_prob);
+
+// Codes after some are masked again, and before.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> unmask_step_cpu(
+    const torch::stable::Tensor& logits, const torch::stable::Tensor& sample, const Optional& noise, const Optional& confidence_noise,
+    const torch::stable::Tensor& schedule, const Optional& index, const Optional& key, int64_t step, int64_t mask_id,
+    double temperature);
+
 }  // namespace mmgen_kernels::schedule
