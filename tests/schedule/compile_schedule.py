@@ -16,12 +16,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from triton_compile import machine_code
 from triton_launches import Recorder
 
-from mmgen_kernels.schedule.triton_kernels import add_noise, guidance, scheduler_step
+from mmgen_kernels.schedule.triton_kernels import (
+    add_noise,
+    diffusion_loss,
+    diffusion_loss_backward,
+    guidance,
+    hybrid_loss,
+    hybrid_loss_backward,
+    scheduler_step,
+)
 from mmgen_kernels.schedule.triton_kernels import pieces as pieces_of_samples
 
 add_noise_module = sys.modules["mmgen_kernels.schedule.triton_kernels.add_noise"]
 step_module = sys.modules["mmgen_kernels.schedule.triton_kernels.scheduler_step"]
+diffusion_module = sys.modules["mmgen_kernels.schedule.triton_kernels.diffusion_loss"]
+hybrid_module = sys.modules["mmgen_kernels.schedule.triton_kernels.hybrid_loss"]
 KERNELS = {"take_step": step_module, "add_up": step_module, "noise_samples": add_noise_module}
+KERNELS |= dict.fromkeys(("lose", "lose_samples", "average", "slope_of_loss"), diffusion_module)
+KERNELS |= dict.fromkeys(("lose_terms", "lose_hybrid", "slope_of_terms"), hybrid_module)
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DDIM = torch.tensor([[1.4, -0.9, 0, 0], [0.35, 0.2, 0.6, 0], [0, 0, 1, 0]], dtype=FP64)
 ANCESTRAL = torch.tensor([[1, -2.0, 0, 0], [1, -0.5, 0, 0.7], [0, 0, 1, 0]], dtype=FP64)
@@ -50,6 +62,26 @@ def noised(path, target, dtype=BF16, by_index=False, key=None, shape=(2, 16, 64)
     keys = None if key is None else torch.zeros({"one": (2,), "each": (shape[0], 2)}[key], dtype=torch.int64)
     t = torch.zeros(shape[0], dtype=torch.int64) if by_index else torch.zeros(shape[0])
     add_noise(tensor, tensor if key is None else None, keys, t, torch.ones(10, dtype=FP64) if by_index else None, path, target)
+
+
+def lost(kind, dtype=BF16, shape=(2, 16, 64), mask=False, by_sample=False, mean=True, wide_target=False):
+    """Forward and backward of diffusion_loss."""
+    output, target = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=FP32 if wide_target else dtype)
+    valid = torch.empty(shape, dtype=torch.bool) if mask else None
+    of_samples = torch.empty(shape[0]) if by_sample else None
+    given = (output, target, of_samples, valid, of_samples)
+    _, means = diffusion_loss(*given, kind, 0.1, mean)
+    upstream = means.new_empty(() if mean else shape[:1])
+    diffusion_loss_backward(upstream, means if by_sample else None, *given, means, kind, 0.1, mean, True, True, by_sample)
+
+
+def bounded(dtype=BF16, shape=(2, 16, 64), wide=None, learned=True, kl=False, clamp=None):
+    """Forward and backward of hybrid_loss; `wide`: the dtype of x0 and noise."""
+    x0 = torch.empty(shape, dtype=wide or dtype)
+    output = torch.empty((shape[0], shape[1] * (2 if learned else 1), *shape[2:]), dtype=dtype)
+    given = (output, x0, x0, torch.zeros(shape[0], dtype=torch.int64), torch.zeros(10, 7, dtype=FP64), 0.5, kl, clamp)
+    loss, mse, _ = hybrid_loss(*given)
+    hybrid_loss_backward(loss, mse, None, *given)
 
 
 ODD = (2, 3, 5)
@@ -84,6 +116,20 @@ CONFIGURATIONS = {
     "noise_key": lambda: noised("linear", "flow", FP32, key="one"),
     "noise_key_odd": lambda: noised("linear", None, FP16, key="one", shape=ODD),
     "noise_fp64": lambda: noised("gvp", "flow", FP64),
+    **{f"loss_{kind}": lambda k=kind: lost(k) for kind in ("mse", "huber", "smooth_l1", "pseudo_huber")},
+    "loss_fp32": lambda: lost("pseudo_huber", FP32, by_sample=True, mean=False),
+    "loss_fp64": lambda: lost("pseudo_huber", FP64),
+    "loss_mask": lambda: lost("mse", FP32, mask=True),
+    "loss_mixed": lambda: lost("huber", wide_target=True),
+    "loss_odd": lambda: lost("mse", FP16, shape=ODD),
+    "hybrid": lambda: bounded(),
+    "hybrid_fp32": lambda: bounded(FP32),
+    "hybrid_fp64": lambda: bounded(FP64),
+    "hybrid_mixed": lambda: bounded(wide=FP32),
+    "hybrid_kl": lambda: bounded(FP32, kl=True),
+    "hybrid_kl_clamp": lambda: bounded(FP32, kl=True, clamp=1.0),
+    "hybrid_fixed": lambda: bounded(learned=False, kl=True),
+    "hybrid_odd": lambda: bounded(FP32, shape=ODD),
 }
 
 

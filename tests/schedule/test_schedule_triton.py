@@ -33,6 +33,7 @@ USUAL = (
 TABLE = randn(7, 3, 4, seed=50)
 LEARNED = torch.cat((TABLE, torch.tensor([-4.0, -1, 0, 0]).expand(7, 1, 4).double()), 1)
 KEY = torch.tensor([11, 2**35])
+LOSSES = mk.hybrid_table(torch.linspace(1e-3, 0.3, 20))
 
 
 def cases():
@@ -62,7 +63,13 @@ def test_case(process, operator, name, dtypes):
 # -- launches ---------------------------------------------------------------------------------------------------------
 
 MODULE = "mmgen_kernels.schedule.triton_kernels"
-KERNELS = {"take_step": f"{MODULE}.scheduler_step", "add_up": f"{MODULE}.scheduler_step", "noise_samples": f"{MODULE}.add_noise"}
+KERNELS = {
+    "take_step": f"{MODULE}.scheduler_step",
+    "add_up": f"{MODULE}.scheduler_step",
+    "noise_samples": f"{MODULE}.add_noise",
+    **dict.fromkeys(("lose", "lose_samples", "average", "slope_of_loss"), f"{MODULE}.diffusion_loss"),
+    **dict.fromkeys(("lose_terms", "lose_hybrid", "slope_of_terms"), f"{MODULE}.hybrid_loss"),
+}
 
 
 class Counted:
@@ -90,7 +97,7 @@ def test_launches(process):
 def count_launches():
     launched = []
     x, m, u = (randn(3, 4, 5, seed=i).float() for i in range(3))
-    at = torch.tensor(3)
+    at, leaf, times = torch.tensor(3), x.clone().requires_grad_(), torch.arange(3)
 
     def step(*inputs, coefficients=TABLE, step=2, **named):
         return lambda: mk.scheduler_step(inputs, coefficients, step, **named)
@@ -107,6 +114,14 @@ def count_launches():
         (lambda: mk.guidance(x, m, 2.0, rescale=0.7), ["add_up", "take_step"]),
         (lambda: mk.add_noise(x, KEY, torch.rand(3), path="gvp", target="v"), ["noise_samples"]),
         (lambda: mk.add_noise(x, m, torch.rand(3), path="linear"), ["noise_samples"]),
+        (lambda: mk.diffusion_loss(x, m, weight=torch.rand(3)), ["lose", "lose_samples", "average"]),
+        (lambda: mk.diffusion_loss(x, m, reduction="none"), ["lose", "lose_samples"]),
+        (lambda: mk.diffusion_loss(leaf, m).backward(), ["lose", "lose_samples", "average", "slope_of_loss"]),
+        (lambda: mk.hybrid_loss(x, m[:, :2], u[:, :2], times, table=LOSSES), ["lose_terms", "lose_hybrid"]),
+        (
+            lambda: mk.hybrid_loss(leaf, m[:, :2], u[:, :2], times, table=LOSSES).loss.sum().backward(),
+            ["lose_terms", "lose_hybrid", "slope_of_terms"],
+        ),
     ]
     with pytest.MonkeyPatch.context() as patch, mk.use_backend("triton"):
         instead_of_kernels(patch, lambda name, kernel: Counted(name, kernel, launched))
@@ -138,6 +153,11 @@ def looks_at_nothing():
         with torch.no_grad():
             assert mk.scheduler_step((x, x), table, at, threshold=(0.5, 2.0))[0].shape == x.shape
         assert mk.add_noise(x, keys, x[:, 0, 0], path="gvp", target="flow")[1].shape == x.shape
+        leaf, table = torch.empty(3, 4, 5, requires_grad=True), torch.empty(20, 7, dtype=FP64)
+        loss = mk.hybrid_loss(leaf, x[:, :2], x[:, :2], keys[:, 0], table=table, clamp=1.0).loss.sum()
+        mask = torch.empty(3, 1, 5, dtype=torch.bool)
+        loss = loss + mk.diffusion_loss(leaf, x, weight=x[:, 0, 0], delta=x[:, 0, 0], kind="huber", mask=mask)
+        assert torch.autograd.grad(loss, leaf)[0].shape == x.shape
 
 
 def test_nothing_is_specialised_on_sizes():
@@ -147,7 +167,7 @@ def test_nothing_is_specialised_on_sizes():
 
     for name, module in KERNELS.items():
         kernel = getattr(sys.modules[module], name)
-        counts = r"size|pieces|parts|length|step|steps|rank|entries|\w+_b"
+        counts = r"size|pieces|samples|parts|length|step|steps|rank|entries|\w+_b"
         counted = {p.name for p in kernel.params if re.fullmatch(counts, p.name)}
         assert counted and {p.name for p in kernel.params if p.do_not_specialize} == counted, name
 
@@ -247,4 +267,7 @@ def check_operators():
     torch.library.opcheck(of.scheduler_step.triton, step)
     torch.library.opcheck(of.guidance.triton, (x, m, 7.5, 0.7))
     torch.library.opcheck(of.add_noise.triton, (x, None, KEY, torch.rand(3), None, "linear", "flow"))
+    torch.library.opcheck(of.diffusion_loss.triton, (x, m, torch.rand(3), None, None, "huber", 0.4, True))
+    half = m.detach()[:, :2]
+    torch.library.opcheck(of.hybrid_loss.triton, (x, half, half.clone(), torch.arange(3), LOSSES, 1.0, True, None))
     assert set(OPERATORS["scheduler_step"].launchers) >= {"triton"}

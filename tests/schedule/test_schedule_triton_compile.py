@@ -24,8 +24,15 @@ NOISES = (
     "noise_key", "noise_key_odd", "noise_fp64",
 )  # fmt: skip
 LAUNCHES = dict.fromkeys((*STEPS, "guidance"), ("take_step",)) | dict.fromkeys(NOISES, ("noise_samples",))
+LOSSES = ("loss_mse", "loss_huber", "loss_smooth_l1", "loss_pseudo_huber", "loss_fp64", "loss_mask", "loss_mixed", "loss_odd")
+HYBRIDS = ("hybrid", "hybrid_fp32", "hybrid_fp64", "hybrid_mixed", "hybrid_kl", "hybrid_kl_clamp", "hybrid_fixed", "hybrid_odd")
+LAUNCHES |= dict.fromkeys(LOSSES, ("lose", "lose_samples", "average", "slope_of_loss"))
+LAUNCHES |= {"loss_fp32": ("lose", "lose_samples", "slope_of_loss")}
+LAUNCHES |= dict.fromkeys(HYBRIDS, ("lose_terms", "lose_hybrid", "slope_of_terms"))
 LAUNCHES |= dict.fromkeys(STATISTICS_FIRST, ("add_up", "take_step")) | {"threshold": ("take_step", "take_step")}
-ODD = ("ddim_odd", "ancestral_key_odd", "noise_key_odd")  # samples that begin anywhere are read element by element
+# samples that begin anywhere are read element by element
+ODD = ("ddim_odd", "ancestral_key_odd", "noise_key_odd", "loss_odd", "hybrid_odd")
+OF_SAMPLES = ("lose_samples", "lose_hybrid", "average")  # which read a number or two of each piece
 
 
 def compiled(requests):
@@ -46,14 +53,15 @@ def assert_good_code(requests):
             where = f"{name} for sm_{capability}: {code}"
             assert code["stack"] == code["spills"] == 0, where
             assert code["shared"] <= SHARED and code["registers"] <= 128, where
-            assert name in ODD or code["widest_load"] >= 128, where
+            assert name in ODD or code["kernel"] in OF_SAMPLES or code["widest_load"] >= 128, where
         found[name, capability] = kernels
     return found
 
 
 def test_compiles_without_spills():
     """16 bytes a load, no spills; and noise brings no contraction, which would change its bits."""
-    found = assert_good_code([["ancestral_key", 90], ["ancestral_noise", 90], ["on_device", 80], ["guidance_rescale", 100]])
+    found = assert_good_code([["ancestral_key", 90], ["ancestral_noise", 90], ["on_device", 80], ["guidance_rescale", 100],
+                             ["loss_pseudo_huber", 80], ["hybrid", 90], ["hybrid_kl_clamp", 80]])
     from_key, from_tensor = (found[name, 90][0]["fp32_fused"] for name in ("ancestral_key", "ancestral_noise"))
     assert from_key == from_tensor > 0
 

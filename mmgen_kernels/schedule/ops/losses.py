@@ -19,6 +19,7 @@ from mmgen_kernels.schedule.ops.checks import (
     check_of_samples,
     check_positive,
 )
+from mmgen_kernels.schedule.ops.steps import launchers
 
 KINDS = ("mse", "huber", "smooth_l1", "pseudo_huber")
 REDUCTIONS = ("mean", "none")
@@ -176,6 +177,7 @@ DIFFUSION_LOSS = library.define(
     " bool need_grad_weight) -> (Tensor grad_output, Tensor grad_target, Tensor grad_weight)",
     backward_reference=reference.diffusion_loss_backward,
     backward_fake=diffusion_loss_backward_fake,
+    launchers=launchers("diffusion_loss"),
 )
 
 HYBRID_LOSS = library.define(
@@ -189,4 +191,5 @@ HYBRID_LOSS = library.define(
     " Tensor t, Tensor table, float vb_weight, bool kl, float? clamp) -> Tensor grad_output",
     backward_reference=reference.hybrid_loss_backward,
     backward_fake=lambda grad_loss, grad_mse, grad_vb, output, *rest: output.new_empty(output.shape),
+    launchers=launchers("hybrid_loss"),
 )
