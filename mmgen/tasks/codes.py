@@ -18,6 +18,7 @@ from mmgen.diffusion.codes import Absorbing, AbsorbingConfig
 from mmgen.evaluation.codes import Bigram, Bits, bits_per_code, encoded, entropy
 from mmgen.models import VQVAE, CodeDiffusion, CodeDiffusionConfig, CodeTransformer, CodeTransformerConfig
 from mmgen.presets import CodeComparison, CodeSamplingConfig
+from mmgen.tasks.comparison import as_text
 from mmgen.tasks.digits import grid
 from mmgen.tasks.train import read_tokenizer, train, train_codes
 from mmgen.training import CodeDiffusionTrainer, CodeTrainer, checkpoint, log
@@ -49,8 +50,10 @@ class Codes:
     replicates: int
     uniform: float  # bits per code, and below
     held_out_entropy: float
-    unigram: float
+    unigram: float  # of held-out photographs
     bigram: float
+    fresh_unigram: float  # of fresh crops of the photographs trained on
+    fresh_bigram: float
     causal: Side
     diffusion: Side
     device: str
@@ -70,12 +73,22 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
     }
     causal, held_out = runs["causal"], runs["causal"].held_out  # (M, T)
     K = comparison.tokenizer.model.codebook_size
-    alone, paired = Bigram(trained_codes(causal), K).bits(held_out.cpu())
+    fresh = [causal.train[len(causal.train) + i] for i in range(FRESH_CROPS)]  # type: ignore[arg-type]  # items of no epoch
+    known = encoded(causal.tokenizer, fresh, batch_size=causal.config.batch_size, device=device)  # type: ignore[arg-type]
+    counted = Bigram(trained_codes(causal), K)
+    (unigram, bigram), (fresh_unigram, fresh_bigram) = counted.bits(held_out.cpu()), counted.bits(known.cpu())
     sides, pictures = {}, {}
     for kind, run in runs.items():
         start = time.process_time()
         pictures[kind] = draw(run, SHOWN, CodeSamplingConfig(num_inference_steps=held_out.shape[1]))
-        sides[kind] = side(run, comparison.replicates, (time.process_time() - start) / SHOWN)
+        seconds_per_picture = (time.process_time() - start) / SHOWN
+        sides[kind] = Side(
+            parameters=sum(p.numel() for p in run.model.parameters()),
+            held_out=bits(run, held_out, comparison.replicates, stream=2),
+            fresh_crops=bits(run, known, comparison.replicates, stream=3),
+            cpu_seconds_per_step=seconds_per_step(run, fresh),
+            cpu_seconds_per_picture=seconds_per_picture,
+        )
     result = Codes(
         codebook_size=K,
         tokens_per_picture=held_out.shape[1],
@@ -85,8 +98,10 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
         replicates=comparison.replicates,
         uniform=torch.tensor(K).log2().item(),
         held_out_entropy=entropy(held_out.cpu(), K),
-        unigram=alone,
-        bigram=paired,
+        unigram=unigram,
+        bigram=bigram,
+        fresh_unigram=fresh_unigram,
+        fresh_bigram=fresh_bigram,
         **sides,
         device=device_name(device),
         threads=torch.get_num_threads(),
@@ -112,22 +127,15 @@ def trained_codes(run: CodeTrainer) -> Tensor:
         return torch.cat([run.tokenizer.encode(part).indices.flatten(1).cpu() for part in parts])
 
 
-def side(run: CodeTrainer, replicates: int, seconds_per_picture: float) -> Side:
-    crops: RandomCrops = run.train  # type: ignore[assignment]
-    fresh = [crops[len(crops) + i] for i in range(FRESH_CROPS)]  # beyond the items that any epoch has
-    known = encoded(run.tokenizer, fresh, batch_size=run.config.batch_size, device=run.device)  # type: ignore[arg-type]
-
-    def bits(pictures: Tensor, stream: int) -> Bits:
-        return bits_per_code(
-            lambda part, key: run.nats(run.ema, part, key),
-            pictures,
-            key=mk.fold_in(run.key, stream),
-            batch_size=4 * run.config.batch_size,
-            replicates=replicates if isinstance(run, CodeDiffusionTrainer) else 1,
-        )
-
-    parameters = sum(p.numel() for p in run.model.parameters())
-    return Side(parameters, bits(run.held_out, 2), bits(known, 3), seconds_per_step(run, fresh), seconds_per_picture)
+def bits(run: CodeTrainer, pictures: Tensor, replicates: int, *, stream: int) -> Bits:
+    """Per code of pictures (M, T), by the average of a run."""
+    return bits_per_code(
+        lambda part, key: run.nats(run.ema, part, key),
+        pictures,
+        key=mk.fold_in(run.key, stream),
+        batch_size=4 * run.config.batch_size,
+        replicates=replicates if isinstance(run, CodeDiffusionTrainer) else 1,
+    )
 
 
 def seconds_per_step(run: CodeTrainer, images: list[Tensor]) -> float:
@@ -151,13 +159,12 @@ def draw(run: CodeTrainer, samples: int, sampling: CodeSamplingConfig, start: Te
     return decoded(run.tokenizer, draw_codes(run.ema, process, start, sampling))
 
 
-def draw_codes(model: nn.Module, process: Absorbing | None, start: Tensor, sampling: CodeSamplingConfig) -> Tensor:
-    """(N, T), of which the first codes are `start` (N, t); a model without a process is causal."""
+def draw_codes(model: Any, process: Absorbing | None, start: Tensor, sampling: CodeSamplingConfig) -> Tensor:
+    """(N, T), of which the first codes are `start` (N, t), from a CodeDiffusion with its process or a CodeTransformer without."""
     key = torch.tensor([sampling.seed, 0], device=start.device)
     keys = mk.fold_in(key, torch.arange(len(start), device=start.device))  # (N, 2)
-    if isinstance(model, CodeTransformer):
+    if process is None:
         return model.sample(keys, start=start, temperature=sampling.temperature, top_k=sampling.top_k)
-    assert isinstance(model, CodeDiffusion) and process is not None
     whole = F.pad(start, (0, model.config.num_tokens - start.shape[1]), value=model.config.num_codes)  # (N, T)
     options: dict[str, Any] = {"order": sampling.order, "temperature": sampling.temperature, "top_k": sampling.top_k}
     return process.sample(model, whole, sampling.num_inference_steps, key=keys, **options)
@@ -211,21 +218,16 @@ def table(result: Codes) -> list[tuple[str, str, str, str]]:
         )
         return name, unknown, known, f"{model.parameters:,}"
 
+    pairs = (result.codebook_size + 1) * result.codebook_size
     return [
         ("bits per code", "held-out photographs", "fresh crops of known ones", "parameters"),
         ("all codes alike", f"{result.uniform:.3f}", "", "0"),
-        ("shares of codes in training", f"{result.unigram:.3f}", "", f"{result.codebook_size:,}"),
+        ("shares of codes in training", f"{result.unigram:.3f}", f"{result.fresh_unigram:.3f}", f"{result.codebook_size:,}"),
         ("entropy of the held-out codes' own shares", f"{result.held_out_entropy:.3f}", "", ""),
-        ("pairs of neighbours in training", f"{result.bigram:.3f}", "", f"{(result.codebook_size + 1) * result.codebook_size:,}"),
+        ("pairs of codes in training", f"{result.bigram:.3f}", f"{result.fresh_bigram:.3f}", f"{pairs:,}"),
         row("causal transformer, exact", result.causal),
         row("diffusion transformer, bound from above", result.diffusion, "≤ "),
     ]
-
-
-def as_text(rows: list[tuple[str, str, str, str]]) -> str:
-    from mmgen.tasks.comparison import as_text
-
-    return as_text(rows)
 
 
 def sample_codes(folder: Path, sampling: CodeSamplingConfig, out: Path, *, device: torch.device) -> None:
