@@ -93,6 +93,7 @@ def add_code_tasks(tasks: Any) -> None:
     train.add_argument("kind", choices=["causal", "diffusion"])
     train.add_argument("--tokenizer", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     train.add_argument("--num-timesteps", type=int, metavar="N", help="of the diffusion")
+    train.add_argument("--replaced", type=float, metavar="X", help="of the diffusion: codes are replaced too, not only hidden")
     add_code_model(train)
     add_training(train, out="runs/train-codes")
 
@@ -223,9 +224,11 @@ def code_experiment(kind: str, data: DataConfig, tokenizer: VQVAEConfig, options
     given = {name: value for name, value in options.items() if name not in ("image_size", "codebook_size")}
     parts = {part: with_options(getattr(preset, part), given) for part in ("model", "training")}
     if isinstance(preset, presets.CodeDiffusionExperiment):
-        parts["process"] = with_options(preset.process, given)
-    elif given.get("num_timesteps") is not None:
-        raise ValueError("--num-timesteps is of the diffusion model, got it with causal")
+        preset = replace(preset, **parts, process=with_options(preset.process, given))
+        return presets.with_replaced(preset, given["replaced"]) if given.get("replaced") is not None else preset
+    for name in ("num_timesteps", "replaced"):
+        if given.get(name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is of the diffusion model, got it with causal")
     return replace(preset, **parts)
 
 

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mmgen.data import DataConfig
 from mmgen.diffusion import ObjectiveConfig
 from mmgen.diffusion.codes import AbsorbingConfig
+from mmgen.diffusion.mask_and_replace import MaskAndReplaceConfig
 from mmgen.models import AutoencoderConfig, AutoencoderKLConfig, CodeDiffusionConfig, CodeTransformerConfig, DiTConfig, VQVAEConfig
 from mmgen.training import (
     CodeTrainingConfig,
@@ -185,6 +186,12 @@ class CodeSamplingConfig:
             raise ValueError(f"--temperature must not be negative, got {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
+
+
+def with_replaced(experiment: CodeDiffusionExperiment, replaced: float) -> CodeDiffusionExperiment:
+    """The same with a process that replaces codes besides hiding them."""
+    process = MaskAndReplaceConfig(num_timesteps=experiment.process.num_timesteps, replaced=replaced)
+    return replace(experiment, process=process)
 
 
 def codes(kind: str, data: DataConfig, tokenizer: VQVAEConfig) -> CodeExperiment:

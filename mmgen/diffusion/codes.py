@@ -66,8 +66,12 @@ class Absorbing:
         missed = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")  # (B, T)
         return codes.shape[1] * (missed * hidden).sum(dim=1) / hidden.sum(dim=1)
 
+    def table(self, num_steps: int) -> Tensor:
+        """Of `mk.vq_diffusion_step`, for as many steps, (num_steps, 9)."""
+        return mk.transition_table(1 - steps_done(num_steps), self.num_codes)
+
     def draw_nats(self, model: Model, codes: Tensor, key: Tensor) -> Tensor:
-        """`nats` at times and places that the key (2,) draws."""
+        """What times and places that the key (2,) draws say of the bound on -log p of pictures (B, T); (B,)."""
         t = self.times(len(codes), mk.fold_in(key, TIME))
         return self.nats(model, codes, t, self.hidden(codes.shape, t, key))
 
@@ -105,8 +109,7 @@ class Absorbing:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
         if temperature == 0:
             temperature, top_k = 1.0, 1
-        seen = torch.arange(num_inference_steps - 1, -1, -1, dtype=torch.float64) / num_inference_steps  # after each step of hiding
-        chances, x = mk.transition_table(seen, self.num_codes), start
+        chances, x = self.table(num_inference_steps), start
         counts = mk.masking_table(num_inference_steps, starting_mask_ratio=(x == self.num_codes).double().mean().item())
         for i in range(num_inference_steps):
             left = num_inference_steps - i
@@ -120,3 +123,8 @@ class Absorbing:
             else:
                 x = mk.unmask_step(logits, x, counts, i, mask_id=self.num_codes, noise=key, temperature=temperature).prev_sample
         return x
+
+
+def steps_done(num_steps: int) -> Tensor:
+    """1 / n, 2 / n ... 1, fp64, on the CPU."""
+    return torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps

@@ -15,6 +15,7 @@ import mmgen_kernels as mk
 from mmgen.data import StepSampler
 from mmgen.data.crops import RandomCrops, to_pixels
 from mmgen.diffusion.codes import Absorbing, AbsorbingConfig
+from mmgen.diffusion.mask_and_replace import MaskAndReplaceConfig, process_of
 from mmgen.evaluation.codes import Bigram, Bits, bits_per_code, encoded, entropy
 from mmgen.models import VQVAE, CodeDiffusion, CodeDiffusionConfig, CodeTransformer, CodeTransformerConfig
 from mmgen.presets import CodeComparison, CodeSamplingConfig
@@ -200,8 +201,9 @@ def read_model(last: Path) -> tuple[nn.Module, Absorbing | None]:
     model: nn.Module
     process = None
     if "process" in saved:
+        kind = MaskAndReplaceConfig if "replaced" in saved["process"] else AbsorbingConfig
         config = CodeDiffusionConfig(**saved["model"])
-        model, process = CodeDiffusion(config), Absorbing(AbsorbingConfig(**saved["process"]), config.num_codes)
+        model, process = CodeDiffusion(config), process_of(kind(**saved["process"]), config.num_codes)
     else:
         model = CodeTransformer(CodeTransformerConfig(**saved["model"]))
     model.load_state_dict(checkpoint.read_state(last)["ema"])

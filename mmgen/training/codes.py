@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import mmgen_kernels as mk
 from mmgen.data import Data
-from mmgen.diffusion.codes import Absorbing, AbsorbingConfig
+from mmgen.diffusion.codes import AbsorbingConfig
+from mmgen.diffusion.mask_and_replace import process_of
 from mmgen.evaluation.codes import encoded
 from mmgen.models import VQVAE, CodeDiffusion, CodeTransformer
 from mmgen.training.diffusion import HELD_OUT, TRAINED, WARM
@@ -113,7 +114,7 @@ class CodeDiffusionTrainer(CodeTrainer):
     model: CodeDiffusion
 
     def __init__(self, model: CodeDiffusion, *args: Any, process: AbsorbingConfig, **options: Any):
-        self.process = Absorbing(process, model.config.num_codes)
+        self.process = process_of(process, model.config.num_codes)
         super().__init__(model, *args, **options)
 
     def nats(self, model: CodeDiffusion, codes: Tensor, key: Tensor) -> Tensor:  # type: ignore[override]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from mmgen.cli import main
+from mmgen.diffusion.mask_and_replace import MaskAndReplace
 from mmgen.tasks import codes
 from mmgen.training import checkpoint, log
 
@@ -100,12 +101,23 @@ def test_one_model_is_trained_on_a_tokenizer_by_itself(finished, tmp_path):
     assert (tmp_path / "tokenizer").is_dir()
 
 
+def test_a_model_of_replaced_codes_is_trained_and_drawn_from(finished, tmp_path):
+    small = "--steps 2 --batch-size 2 --hidden-size 16 --num-heads 2 --depth 1 --threads 1"
+    main(f"train-codes diffusion --tokenizer {finished / 'tokenizer'} --replaced 0.3 {small} --out {tmp_path}".split())
+    last = checkpoint.latest(tmp_path / "checkpoints")
+    assert checkpoint.read_config(last)["process"] == {"num_timesteps": 256, "replaced": 0.3}
+    assert isinstance(codes.read_model(last)[1], MaskAndReplace)
+    main(f"sample-codes --run {tmp_path} --samples 2 --num-inference-steps 2 --threads 1 --out {tmp_path / 'x.png'}".split())
+    assert (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("train-codes causal --tokenizer {none}", "error: --tokenizer must be a folder that train has written to, got"),
         ("train-codes causal --tokenizer {finished}/causal", "error: --tokenizer must hold a VQ-VAE, got"),
         ("train-codes causal --tokenizer {finished}/tokenizer --num-timesteps 9", "error: --num-timesteps is of the"),
+        ("train-codes diffusion --tokenizer {finished}/tokenizer --replaced 0", "error: replaced must be above 0 and at most 1"),
         ("train-codes diffusion --tokenizer {finished}/tokenizer --hidden-size 30", "error: hidden_size must be a multiple of 8"),
         ("sample-codes --run {none}", "error: --run must be a folder that train-codes has written to, got"),
         ("sample-codes --run {finished}/tokenizer", "error: --run must hold a model of codes, got"),

@@ -1,0 +1,81 @@
+"""Diffusion over codes that hides some and replaces others, and its bound on -log p.
+
+After a share tau of the steps a code is hidden with probability ``C = tau``; it has been replaced by any code, each alike, with
+probability ``K B = replaced tau (1 - tau)``, and is what it was otherwise. So the model learns to doubt what it sees as well, and a
+code that was drawn wrongly can be drawn again.
+
+    -log p(x) <= sum_t E[ KL( q(x_{t-1} | x_t, x) || sum_k q(x_{t-1} | x_t, k) p_model(k | x_t, t) ) ]
+
+summed over places; in the end everything is hidden, which costs nothing.
+
+Source: Gu et al., Vector Quantized Diffusion Model, 2022, equations 5 to 11; Austin et al. 2021, appendix A.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mmgen_kernels as mk
+from mmgen.diffusion.codes import HIDDEN, TIME, TIMES_TOLD, Absorbing, AbsorbingConfig, Model, steps_done
+
+SMALL = 1e-300  # below any probability that matters
+
+
+@dataclass(frozen=True)
+class MaskAndReplaceConfig(AbsorbingConfig):
+    replaced: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.replaced <= 1:
+            raise ValueError(f"replaced must be above 0 and at most 1, got {self.replaced}")
+
+
+class MaskAndReplace(Absorbing):
+    def __init__(self, config: MaskAndReplaceConfig, num_codes: int):
+        super().__init__(config, num_codes)
+        self.replaced = config.replaced
+        self.rows = self.table(self.num_timesteps)  # (S, 9): a, b, c of the step; A, B, C after it; and before it
+
+    def table(self, num_steps: int) -> Tensor:
+        hidden = steps_done(num_steps)  # (n,)
+        return mk.transition_table((1 - hidden) * (1 - self.replaced * hidden), self.num_codes, gammas_cumprod=hidden)
+
+    def noised(self, codes: Tensor, t: Tensor, key: Tensor) -> Tensor:
+        """x_t of codes (B, T) at steps t (B,)."""
+        _, _, _, _, B, C, *_ = self.of_step(t)  # (B, 1)
+        u = mk.philox_uniform(codes.shape, key, dtype=torch.float64)  # (B, T): hidden below C, then each code for a span of B
+        code = ((u - C) / B.clamp(min=SMALL)).clamp(0, self.num_codes).long()
+        return torch.where(u < C, self.num_codes, torch.where(code < self.num_codes, code, codes))
+
+    def of_step(self, t: Tensor) -> tuple[Tensor, ...]:
+        """The nine numbers of steps t (B,), (B, 1) each, fp64."""
+        return self.rows.to(t.device)[t - 1].unsqueeze(2).unbind(1)
+
+    def posterior(self, share: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """p(x_{t-1} | x_t), (B, T, K + 1), where x is the code k with probability share (B, T, K), fp64."""
+        a, b, c, A, B, C, A_before, B_before, C_before = (number.unsqueeze(2) for number in self.of_step(t))
+        same = F.one_hot(x_t, self.num_codes + 1)[..., :-1].double()  # (B, T, K)
+        of_hidden = torch.cat([c * (A_before * share + B_before), C_before.expand(*x_t.shape, 1)], dim=2) / C
+        likely = share / (A * same + B).clamp(min=SMALL)  # (B, T, K)
+        of_seen = (a * same + b) * (A_before * likely + B_before * likely.sum(dim=2, keepdim=True))
+        return torch.where((x_t == self.num_codes)[..., None], of_hidden, F.pad(of_seen, (0, 1)))
+
+    def nats(self, model: Model, codes: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+        """What these times (B,) and x_t (B, T) say of the bound on -log p of pictures (B, T), which is their mean; (B,)."""
+        logits = model(x_t, t * TIMES_TOLD / self.num_timesteps)  # (B, T, K)
+        share = logits.double().softmax(dim=2)  # what fp32 rounds to nothing would teach nothing
+        wanted = self.posterior(F.one_hot(codes, self.num_codes).double(), x_t, t)  # (B, T, K + 1)
+        said = self.posterior(share, x_t, t).clamp(min=SMALL)
+        divergence = torch.special.xlogy(wanted, wanted) - wanted * said.log()
+        return (self.num_timesteps * divergence.sum(dim=(1, 2))).to(logits.dtype)
+
+    def draw_nats(self, model: Model, codes: Tensor, key: Tensor) -> Tensor:
+        t = self.times(len(codes), mk.fold_in(key, TIME))
+        return self.nats(model, codes, t, self.noised(codes, t, mk.fold_in(key, HIDDEN)))
+
+
+def process_of(config: AbsorbingConfig, num_codes: int) -> Absorbing:
+    return MaskAndReplace(config, num_codes) if isinstance(config, MaskAndReplaceConfig) else Absorbing(config, num_codes)
