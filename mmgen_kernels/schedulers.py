@@ -24,8 +24,10 @@ from mmgen_kernels.schedule.schedulers.classes_sigma import (
     LMSDiscreteScheduler,
 )
 from mmgen_kernels.schedule.schedulers.classes_solvers import DEISMultistepScheduler, DPMSolverSinglestepScheduler
+from mmgen_kernels.schedule.schedulers.discrete import AmusedScheduler, VQDiffusionScheduler
 
 __all__ = [
+    "AmusedScheduler",
     "CMStochasticIterativeScheduler",
     "CogVideoXDDIMScheduler",
     "DDIMInverseScheduler",
@@ -48,4 +50,5 @@ __all__ = [
     "StepOutput",
     "TCDScheduler",
     "UniPCMultistepScheduler",
+    "VQDiffusionScheduler",
 ]
