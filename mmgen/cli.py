@@ -264,8 +264,8 @@ def run_train(options: argparse.Namespace) -> None:
 def run_tokenizers(options: argparse.Namespace) -> None:
     from mmgen.tasks.tokenizers import tokenizers  # matplotlib comes with it
 
-    preset = presets.vqgan(presets.photographs())
-    tokenizers(with_all_options(preset, vars(options)), options.seeds, options.out, device=set_up(options), resume=options.resume)
+    chosen = with_all_options(presets.tokenizers(), vars(options))
+    tokenizers(chosen, options.seeds, options.out, device=set_up(options), resume=options.resume)
 
 
 def run_train_dit(options: argparse.Namespace) -> None:

@@ -2,11 +2,10 @@
 KL autoencoder with it.
 """
 
-import html
-import io
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,42 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 import mmgen_kernels as mk
 from mmgen.evaluation import evaluate, frechet_distance
 from mmgen.evaluation.features import patch_features
 from mmgen.models import AutoencoderKLConfig
 from mmgen.presets import Experiment, ImageExperiment, VAEExperiment, VQGANExperiment
+from mmgen.tasks import tokenizers_report
 from mmgen.tasks.comparison import as_text
 from mmgen.tasks.reconstructions import reconstructions, save_picture
-from mmgen.tasks.report import device_name, embedded, picture_tag, table_rows
-from mmgen.tasks.train import train, train_vae
-from mmgen.training import AdversarialConfig, AutoencoderTrainer, VAETrainingConfig, VQVAETrainingConfig, log
+from mmgen.tasks.report import device_name
+from mmgen.tasks.train import train, train_vae, trainer, vae_trainer
+from mmgen.training import AdversarialConfig, AutoencoderTrainer, VAETrainingConfig, VQVAETrainingConfig
 
 PLAIN, UNJUDGED, VQGAN, VAE = "VQ-VAE", "VQGAN, no discriminator", "VQGAN", "KL autoencoder"
+TIMED_STEPS = 4
 SHOWN = {PLAIN: "VQ-VAE", VQGAN: "VQGAN", VAE: "KL autoencoder"}  # rows of the picture, below the originals
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>mmgen tokenizers</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .3rem 1rem; border-bottom: 1px solid #ddd; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ width: 100%; }}
-pre {{ background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: 13px; }}
-</style>
-<h1>Tokenizers of photographs</h1>
-<table>{table}</table>
-<p>Held-out crops of seed {seed}. From above: original, {shown}.</p>
-{picture}
-{curves}
-<pre>{facts}</pre>
-</html>
-"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,6 @@ def tokenizers(
     base: VQGANExperiment, seeds: Sequence[int], out: Path, *, device: torch.device, resume: bool = True
 ) -> dict[str, Any]:
     """Leaves a folder per run, tokenizers.json, tokenizers.png and report.html in `out`; runs that are there are gone on with."""
-    start = time.process_time()
     found: dict[str, dict[str, Scores]] = {}  # by model and seed
     first: dict[str, AutoencoderTrainer] = {}
     for seed in seeds:
@@ -93,22 +71,15 @@ def tokenizers(
             first.setdefault(name, run)
             print(f"{name}, seed {seed}: {found[name][str(seed)]}")
     result = {
-        "stamp": stamp(device) | {"cpu_seconds": round(time.process_time() - start)},
+        "stamp": stamp(device),
         "settings": base.settings,
+        "cpu_seconds_per_step": {name: cpu_seconds_per_step(kind, device) for name, kind in experiments(base).items()},
         "scores": {name: {seed: asdict(value) for seed, value in of.items()} for name, of in found.items()},
     }
     (out / "tokenizers.json").write_text(json.dumps(result, indent=1) + "\n")
     picture = reconstructions(first[PLAIN].data, [first[name].model for name in SHOWN])
     save_picture(picture, out / "tokenizers.png")
-    page = PAGE.format(
-        table=table_rows(table(result)),
-        seed=seeds[0],
-        shown=", ".join(SHOWN.values()),
-        picture=picture_tag(picture),
-        curves=curves(first),
-        facts=html.escape(json.dumps({"stamp": result["stamp"], "settings": result["settings"]}, indent=1)),
-    )
-    (out / "report.html").write_text(page)
+    (out / "report.html").write_text(tokenizers_report.page(result, table(result), seeds[0], list(SHOWN.values()), picture, first))
     print(f"\n{as_text(table(result))}\n\nPictures and curves: {out / 'report.html'}")
     return result
 
@@ -127,6 +98,21 @@ def scores(run: AutoencoderTrainer) -> Scores:
     return Scores(frechet_distance=frechet_distance(of_reconstructions, of_images), **values)
 
 
+def cpu_seconds_per_step(experiment: ImageExperiment, device: torch.device) -> float:
+    """The least of a few steps of a fresh model with all players in the game; other programs on the machine do not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        make: Any = vae_trainer if isinstance(experiment, VAEExperiment) else trainer
+        run = make(experiment, Path(folder), device)
+        images = torch.stack([run.train[i] for i in range(run.config.batch_size)]).to(device)  # (B, C, S, S)
+        run.step = max(run.config.steps - TIMED_STEPS, 0)
+        seconds = []
+        for _ in range(TIMED_STEPS):
+            start = time.process_time()
+            run.metrics_of_step(images)["loss"].item()  # waits for the device
+            seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
 def stamp(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
@@ -140,7 +126,7 @@ def stamp(device: torch.device) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of what and its scores, means over the seeds with the least and the greatest; the first is the heading."""
-    heading = ("", "detail, 1 is the original's", "Frechet distance of patches", "PSNR, dB", "codes used", "perplexity")
+    heading = ("", "detail, 1 is the original's", "Frechet distance", "PSNR, dB", "codes used", "perplexity", "CPU s per step")
     rows = [
         (
             name,
@@ -149,6 +135,7 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
             spread([s["psnr"] for s in by_seed.values()], ".2f"),
             spread([s["usage"] for s in by_seed.values()], ".0%"),
             spread([s["perplexity"] for s in by_seed.values()], ".0f"),
+            f"{result['cpu_seconds_per_step'][name]:.3f}",
         )
         for name, by_seed in result["scores"].items()
     ]
@@ -169,26 +156,3 @@ def markdown(result: dict[str, Any]) -> str:
     heading, *rows = table(result)
     lines = [heading, ("---", *["---:"] * (len(heading) - 1)), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-CURVES = {
-    "held_out_detail": "detail of held-out reconstructions",
-    "held_out_psnr": "PSNR of held-out reconstructions, dB",
-    "adaptive_weight": "adaptive weight",
-    "disc_loss": "discriminator's loss",
-}
-
-
-def curves(runs: dict[str, AutoencoderTrainer]) -> str:
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
-        for name, run in runs.items():
-            points = {r["step"]: r[key] for r in log.read(run.log_file) if key in r}
-            if any(points.values()):
-                axes.plot([*points], [*points.values()], label=name, linewidth=1)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return embedded(file)

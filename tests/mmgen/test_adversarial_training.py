@@ -134,7 +134,8 @@ def test_the_gradient_is_that_of_the_loss_and_leaves_the_discriminator_alone(tmp
     for name, p in run.model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
     assert all(p.grad is None for p in run.discriminator.parameters())
-    whole = parts["reconstruction"] + parts["perceptual"] + regularizer(run, out, image) + 0.8 * weight * parts["adversarial"]
+    judged = run.config.disc_weight * weight * parts["adversarial"]
+    whole = parts["reconstruction"] + parts["perceptual"] + regularizer(run, out, image) + judged
     torch.testing.assert_close(parts["loss"], whole.detach())
 
 

@@ -55,7 +55,7 @@ def test_the_result_is_told_as_numbers_and_pictures(finished):
     result = json.loads((finished / "tokenizers.json").read_text())
     assert list(result["scores"]) == NAMES
     assert all(list(by_seed) == ["0", "3"] for by_seed in result["scores"].values())
-    assert result["settings"]["training"]["steps"] == 4 and result["stamp"]["cpu_seconds"] > 0
+    assert result["settings"]["training"]["steps"] == 4 and list(result["cpu_seconds_per_step"]) == NAMES
     assert Image.open(finished / "tokenizers.png").size == (2 * 12 * 33, 2 * 4 * 33)
     page = (finished / "report.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
@@ -77,12 +77,13 @@ def test_the_table_has_means_and_ranges():
     other = value | {"detail": 0.7, "psnr": 22.0}
     none = {"usage": None, "perplexity": None}
     scores = {"a": {"0": value, "1": other}, "b": {"0": value | none, "1": value | none}, "c": {"0": value}}
-    rows = table({"scores": scores})
+    result = {"scores": scores, "cpu_seconds_per_step": {"a": 0.0123, "b": 0.5, "c": 2}}
+    rows = table(result)
     assert rows[1][:3] == ("a", "0.60 (0.50 to 0.70)", "0.100 (0.100 to 0.100)")
-    assert rows[1][3:] == ("21.00 (20.00 to 22.00)", "75% (75% to 75%)", "300 (300 to 300)")
-    assert rows[2][-2:] == ("none", "none")
-    assert rows[3][1:] == ("0.50", "0.100", "20.00", "75%", "300")
-    assert markdown({"scores": scores}).splitlines()[-1] == "| c | 0.50 | 0.100 | 20.00 | 75% | 300 |"
+    assert rows[1][3:] == ("21.00 (20.00 to 22.00)", "75% (75% to 75%)", "300 (300 to 300)", "0.012")
+    assert rows[2][-3:-1] == ("none", "none")
+    assert rows[3][1:] == ("0.50", "0.100", "20.00", "75%", "300", "2.000")
+    assert markdown(result).splitlines()[-1] == "| c | 0.50 | 0.100 | 20.00 | 75% | 300 | 2.000 |"
 
 
 @pytest.mark.parametrize(("kind", "part"), [("vqgan", "codebook_size"), ("vae", "latent_channels")])
