@@ -79,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
     sample.set_defaults(task=run_sample)
     sample.add_argument("--labels", type=int, nargs="+", metavar="Y", help="classes in turns; default: all")
     sample.add_argument("--seed", type=int, metavar="N")
-    add_sampling(sample)
+    add_sampling(sample, "--steps")
+    sample.add_argument("--scheduler", metavar="NAME", help="of mk.schedulers; default: Euler's for flows, DDIM's for the others")
     add_machine(sample)
     sample.add_argument("--run", type=Path, default=Path("runs/train-dit"), metavar="DIR", help="default: runs/train-dit")
     sample.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE", help="default: samples.png")
@@ -168,10 +169,11 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's own choice")
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser, *short: str) -> None:
+    """`short`: another name of the number of steps, where that is free."""
     add = parser.add_argument
     add("--samples", type=int, metavar="N", help="how many digits the DiT draws")
-    add("--num-inference-steps", type=int, metavar="N")
+    add("--num-inference-steps", *short, type=int, metavar="N")
     add("--guidance-scale", type=float, metavar="X", help="of classifier-free guidance; 1 is none")
 
 
@@ -278,7 +280,7 @@ def run_sample(options: argparse.Namespace) -> None:
     from mmgen.tasks.digits import sample_run
 
     sampling = with_options(SamplingConfig(samples=100), vars(options))
-    sample_run(options.run, options.labels, sampling, options.out, device=set_up(options))
+    sample_run(options.run, options.labels, sampling, options.out, device=set_up(options), scheduler=options.scheduler)
 
 
 def run_train_codes(options: argparse.Namespace) -> None:

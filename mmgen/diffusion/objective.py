@@ -6,6 +6,7 @@
 Models are told times as 0 ... num_train_timesteps from data to noise, so that diffusers' schedulers serve them as they are.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.schedule import planner
 
 TARGETS = {"flow": None, "epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}  # and diffusers' prediction_type
 TIMES = ("uniform", "logit_normal")
@@ -48,6 +48,25 @@ class ObjectiveConfig:
             return "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": self.num_train_timesteps}
         return "DDIMScheduler", self.betas | {"prediction_type": TARGETS[self.target], "clip_sample": False}
 
+    def scheduler_named(self, name: str) -> Any:
+        """The scheduler of `mk.schedulers` with that name, set to sample what was trained so."""
+        to_noise = ("DDIMInverseScheduler",)
+        known = [n for n in mk.schedulers.__all__ if n.endswith("Scheduler") and n not in to_noise]
+        if name not in known:
+            raise ValueError(f"--scheduler must be one of {', '.join(known)}, got {name!r}")
+        scheduler = getattr(mk.schedulers, name)
+        options = inspect.signature(scheduler).parameters
+        given: dict[str, Any] = {"num_train_timesteps": self.num_train_timesteps}
+        if self.target != "flow":
+            given = self.betas | {"prediction_type": TARGETS[self.target], "clip_sample": False}
+            given |= {"snr_shift_scale": 1.0, "rescale_betas_zero_snr": False}  # the levels of training, as they are
+        elif "use_flow_sigmas" in options:
+            given |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        fits = name.startswith("FlowMatch") or "use_flow_sigmas" in options if self.target == "flow" else "beta_schedule" in options
+        if not fits:
+            raise ValueError(f"--scheduler must sample models with target {self.target!r}, got {name!r}")
+        return scheduler.from_config({n: v for n, v in given.items() if n in options})
+
     @property
     def betas(self) -> dict[str, Any]:
         names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
@@ -61,8 +80,7 @@ class Objective:
         self.config = config
         self.table: Tensor | None = None  # alphas_cumprod, (S,)
         if config.target != "flow":
-            levels = planner.schedule("DDPMScheduler", config.betas, planner.Run(num_inference_steps=1))
-            self.table = torch.tensor(levels.alphas_cumprod, dtype=torch.float64, device=device)
+            self.table = mk.schedulers.DDPMScheduler(**config.betas).alphas_cumprod.to(device, torch.float64)  # type: ignore[union-attr]
 
     def times(self, batch_size: int, key: Tensor) -> Tensor:
         """(B,): numbers between 0 and 1 of a flow, else indices into the table."""

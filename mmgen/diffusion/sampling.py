@@ -1,6 +1,7 @@
 """Samples from a class-conditional model: classifier-free guidance, and steps of any sampler.
 
-A sampler named by class and config runs on the planner's table: one operator a step does guidance, prediction, update and noise.
+A sampler named by class and config runs on the table of `mk.schedulers.plan`: one operator a step does guidance, prediction, update
+and noise.
 An object with the interface of diffusers' schedulers runs as it is.
 """
 
@@ -13,7 +14,6 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen.models import DiT
-from mmgen_kernels.schedule import planner
 
 START, STEPS = 0, 1  # streams of a sample's key
 Named = tuple[str, Mapping[str, Any]]  # of diffusers: class name, config
@@ -37,7 +37,7 @@ def sample(
     Args:
         model: in eval mode.
         labels: (B,), int64.
-        scheduler: (class name, config) of diffusers, what `mmgen_kernels.schedule.planner` plans; or an object with set_timesteps,
+        scheduler: (class name, config) of diffusers, what `mk.schedulers.plan` plans; or an object with set_timesteps,
             timesteps, step and, where it has them, scale_model_input and init_noise_sigma.
         num_inference_steps: evaluations of the model, each with half a batch more for guidance.
         key: int64 (2,), on the labels' device.
@@ -79,7 +79,7 @@ class Guide:
 def planned(guide: Guide, noise: Tensor, scheduler: Named, num_inference_steps: int, keys: Tensor) -> Tensor:
     """The run of a named scheduler as a table of coefficients, one operator a step."""
     name, config = scheduler
-    plan = planner.plan(name, config, planner.Run(num_inference_steps=num_inference_steps))
+    plan = mk.schedulers.plan(name, config, num_inference_steps=num_inference_steps)
     if plan.clamp is not None and plan.clamp[0] != -plan.clamp[1]:
         raise ValueError(f"{name} clamps to {plan.clamp}, which is not symmetric")
     rows = [

@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +54,16 @@ def digits(
     return Digits(speed(experiment, device), scores, len(samples) / seconds), run, samples
 
 
-def draw(model: DiT, labels: Tensor, experiment: DiTExperiment, sampling: SamplingConfig, device: torch.device) -> Tensor:
-    """Images (N, C, S, S) in [-1, 1] of labels (N,), on the CPU."""
+def draw(
+    model: DiT, labels: Tensor, experiment: DiTExperiment, sampling: SamplingConfig, device: torch.device, scheduler: Any = None
+) -> Tensor:
+    """Images (N, C, S, S) in [-1, 1] of labels (N,), on the CPU; by the objective's own scheduler if none is given."""
     key = torch.tensor([sampling.seed, 0], device=device)
     parts = [
         sample(
             model,
             part.to(device),
-            experiment.objective.scheduler,
+            scheduler or experiment.objective.scheduler,
             sampling.num_inference_steps,
             key=mk.fold_in(key, i),
             guidance_scale=sampling.guidance_scale,
@@ -70,8 +73,16 @@ def draw(model: DiT, labels: Tensor, experiment: DiTExperiment, sampling: Sampli
     return torch.cat(parts).clamp(-1, 1).cpu()
 
 
-def sample_run(folder: Path, labels: list[int] | None, sampling: SamplingConfig, out: Path, *, device: torch.device) -> None:
-    """Draws from the last checkpoint of a run, ten in a row, and writes one picture."""
+def sample_run(
+    folder: Path,
+    labels: list[int] | None,
+    sampling: SamplingConfig,
+    out: Path,
+    *,
+    device: torch.device,
+    scheduler: str | None = None,
+) -> None:
+    """Draws from the last checkpoint of a run, ten in a row, and writes one picture; `scheduler`: a name of `mk.schedulers`."""
     last = checkpoint.latest(folder / "checkpoints")
     if last is None:
         raise FileNotFoundError(f"--run must be a folder that train-dit has written to, got {str(folder)!r}")
@@ -85,10 +96,11 @@ def sample_run(folder: Path, labels: list[int] | None, sampling: SamplingConfig,
     for label in labels or ():
         if not 0 <= label < classes:
             raise ValueError(f"--labels must be between 0 and {classes - 1}, got {label}")
+    sampler = None if scheduler is None else experiment.objective.scheduler_named(scheduler)
     wanted = torch.tensor(labels or range(classes))
     model = DiT(experiment.model).to(device).eval()
     model.load_state_dict(checkpoint.read_state(last)["ema"])
-    images = draw(model, wanted[torch.arange(sampling.samples) % len(wanted)], experiment, sampling, device)
+    images = draw(model, wanted[torch.arange(sampling.samples) % len(wanted)], experiment, sampling, device, sampler)
     Image.fromarray(to_pixels(grid(list(images.split(10))), enlarged=6)).save(out)
     print(f"{len(images)} digits of step {int(last.name.removeprefix('step-'))}: {out}")
 

@@ -110,6 +110,12 @@ def test_a_transformer_is_trained_as_the_options_say(tmp_path):
     assert (saved["model"]["hidden_size"], saved["objective"]["target"], saved["objective"]["times"]) == (16, "v", "uniform")
     main(f"sample --run {tmp_path} --samples 2 --num-inference-steps 2 --threads 1 --out {tmp_path / 'digits.png'}".split())
     assert (tmp_path / "digits.png").exists()
+    drawn = []
+    for name in ("DDIMScheduler", "UniPCMultistepScheduler", "UniPCMultistepScheduler"):
+        out = tmp_path / "again.png"
+        main(f"sample --run {tmp_path} --samples 2 --steps 3 --scheduler {name} --guidance 1.5 --seed 3 --out {out}".split())
+        drawn.append(out.read_bytes())
+    assert drawn[0] != drawn[1] == drawn[2]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +150,8 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, arguments, message):
         ("--run {finished}/fused", "error: --run must hold a DiT, got"),
         ("--run {finished}/dit --labels 10", "error: --labels must be between 0 and 9, got 10"),
         ("--run {finished}/dit --samples 0", "error: --samples must be at least 1, got 0"),
+        ("--run {finished}/dit --scheduler Euler", "error: --scheduler must be one of CMStochasticIterativeScheduler, "),
+        ("--run {finished}/dit --scheduler DDIMScheduler", "error: --scheduler must sample models with target 'flow', got 'DDIM"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_one_line(finished, tmp_path, arguments, message):
