@@ -118,15 +118,23 @@ def planned_step(
 ) -> tuple[Tensor, ...]:
     """`scheduler_step` by a table that a plan made, of tensors that the caller has compared: on a small sample the checks would
     take as long as the work."""
-    first, outputs = inputs[0], len(dtypes)
-    arguments: tuple = first, coefficients, step, dtypes[0]
-    if clamp is None and noise is None and key is None and len(inputs) == 2 and outputs < 3:
-        arguments += (inputs[1],) if outputs == 1 else (inputs[1], dtypes[1])
-    else:
-        second, *more = padded(inputs[1:], INPUTS - 1)
-        dtype_1, dtype_2 = padded(dtypes[1:], MAX_OUTPUTS - 1)
-        arguments += (second, dtype_1, *more, dtype_2, clamp, noise, key)
-    return SCHEDULER_STEP(backends.choose(SCHEDULER_STEP, FAMILY, first.device.type), *arguments)[:outputs]
+    second, *more = padded(inputs[1:], INPUTS - 1)
+    dtype_1, dtype_2 = padded(dtypes[1:], MAX_OUTPUTS - 1)
+    results = SCHEDULER_STEP(
+        backends.choose(SCHEDULER_STEP, FAMILY, inputs[0].device.type),
+        inputs[0], coefficients, step, dtypes[0], second, dtype_1, *more, dtype_2, clamp, noise, key,
+    )  # fmt: skip
+    return results[: len(dtypes)]
+
+
+def planned_pair(
+    sample: Tensor, prediction: Tensor, coefficients: Tensor, step: int, dtypes: tuple[torch.dtype, ...]
+) -> tuple[Tensor, ...]:
+    """`planned_step` of two inputs and one or two outputs, which most steps are."""
+    implementation = backends.choose(SCHEDULER_STEP, FAMILY, sample.device.type)
+    if len(dtypes) == 1:
+        return SCHEDULER_STEP(implementation, sample, coefficients, step, dtypes[0], prediction)[:1]
+    return SCHEDULER_STEP(implementation, sample, coefficients, step, dtypes[0], prediction, dtypes[1])[:2]
 
 
 def padded(given: Sequence, count: int) -> list:

@@ -17,7 +17,7 @@ from mmgen_kernels.philox.ops import fold_in
 from mmgen_kernels.schedule import planner
 from mmgen_kernels.schedule.ops import scheduler_step
 from mmgen_kernels.schedule.ops.checks import check_inputs, split_noise
-from mmgen_kernels.schedule.ops.steps import planned_step
+from mmgen_kernels.schedule.ops.steps import planned_pair, planned_step
 from mmgen_kernels.schedule.planner import Plan, Run, Schedule
 from mmgen_kernels.schedule.reference import INPUTS
 from mmgen_kernels.schedule.schedulers.noise import Generators, key_from, randn
@@ -52,6 +52,8 @@ class Table:
         self.parts: dict[tuple[tuple[str, ...], int | None], Tensor] = {}
         self.calls = [(used, 2 if used[:2] == PAIR else 1, self.of_inputs(used)) for used in self.used]
         self.clamp = None if plan.clamp is None else plan.clamp[1]
+        unlimited = plan.clamp is None and plan.threshold is None and plan.log_variance is None and len(plan.outputs) < 3
+        self.pairs = [part if unlimited and used == PAIR else None for used, _, part in self.calls]  # rows that need nothing else
         self.place = {int(t): k for k, t in reversed(list(enumerate(plan.timesteps)))}
 
     def require(self, k: int, named: Mapping[str, Tensor | None]) -> None:
@@ -177,6 +179,17 @@ class Stepper:
             z, key = (None, None) if noise is None else split_noise(noise, "sample", inputs[0])
             outputs = planned_step(inputs, coefficients, k, wanted, table.clamp, z, key)
         return dict(zip(made, outputs, strict=True))
+
+    def run_pair(
+        self, table: Table, k: int, sample: Tensor, prediction: Tensor, dtypes: tuple[torch.dtype, ...], noise: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """`run` of a sample and a prediction alone: the first outputs, as many as `dtypes`."""
+        coefficients = table.pairs[k]
+        if coefficients is None or noise is not None or len(dtypes) < len(table.plan.outputs):
+            named = {"sample": sample, "model_output": prediction}
+            made = dict(zip(table.plan.outputs, dtypes, strict=False))
+            return tuple(self.run(table, k, named, made, noise).values())
+        return planned_pair(sample, prediction, coefficients, k, dtypes)
 
     def in_two(self, table: Table, k: int, named: Mapping[str, Tensor | None], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
         """More inputs than the operator takes: first the derived value, of sample and model output, then all that comes of it."""

@@ -159,10 +159,9 @@ def flow_match_euler(
     table = stepper.table(s)
     prediction, _ = of_channels(table.plan, model_output, sample)
     noise = stepper.draw(table, sample, generator, FP32) if table.plan.draws_noise[k] else None
-    named = {"sample": sample, "model_output": prediction}
-    found = stepper.run(table, k, named, {"prev_sample": prediction.dtype}, noise)
-    s._step_index += 1
-    return (found["prev_sample"],)
+    results = stepper.run_pair(table, k, sample, prediction, (prediction.dtype,), noise)
+    s._step_index = k + 1
+    return results
 
 
 def dpm_solver(

@@ -46,6 +46,8 @@ def first_two(
     stepper: Stepper, table: Table, k: int, prediction: Tensor, sample: Tensor, noise: Tensor | None, variance: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(sample.dtype, prediction.dtype)
+    if variance is None:
+        return stepper.run_pair(table, k, sample, prediction, (dtype,) * len(table.plan.outputs), noise)
     named = {"sample": sample, "model_output": prediction}
     return tuple(stepper.run(table, k, named, dict.fromkeys(table.plan.outputs, dtype), noise, variance).values())
 
@@ -60,11 +62,8 @@ def in_sigma_space(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """The sample in the model output's dtype, which `dtype` names where the prediction is another; the data in fp32 at least."""
-    named = {"sample": sample, "model_output": prediction}
     wide = torch.promote_types(FP32, prediction.dtype)
-    dtypes = {"prev_sample": dtype or prediction.dtype, "pred_original_sample": wide}
-    found = stepper.run(table, k, named, dtypes, noise)
-    return found["prev_sample"], found["pred_original_sample"]
+    return stepper.run_pair(table, k, sample, prediction, (dtype or prediction.dtype, wide), noise)
 
 
 def multistep(
