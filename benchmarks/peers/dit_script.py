@@ -89,3 +89,23 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float = 0.9999) ->
     averages = dict(ema_model.named_parameters())
     for name, parameter in model.named_parameters():
         averages[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
+
+
+class LatentDiT(DiT):
+    """DiT with its patches put together: latents (B, 4, S, S) -> noise and variance (B, 8, S, S)."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        side, size = x.shape[-1] // (patch := self.x_embedder.stride[0]), x.shape[-1]
+        patches = super().forward(x, t, y).unflatten(-1, (patch, patch, -1)).unflatten(1, (side, side))
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, size, size)
+
+
+def training_step(model, ema, optimizer, diffusion, update_ema, x: Tensor, y: Tensor) -> Tensor:
+    """A step of DiT's training: latents (B, 4, S, S) and labels (B,)."""
+    t = torch.randint(0, diffusion.num_timesteps, (x.shape[0],), device=x.device)
+    loss = diffusion.training_losses(model, x, t, {"y": y})["loss"].mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    update_ema(ema, model)
+    return loss.detach()

@@ -39,7 +39,7 @@ class ConditionedForward(Forward):
             return False
         # stock promotes mixed dtypes, or refuses them; under autocast the residual keeps x's dtype in stock and here
         same = x.dtype == c.dtype == linears[0].weight.dtype
-        return x.device.type in ("cpu", "cuda") and (same or torch.is_autocast_enabled(x.device.type))
+        return x.device.type in ("cpu", "cuda", "meta") and (same or torch.is_autocast_enabled(x.device.type))
 
 
 class BlockForward(ConditionedForward):

@@ -1,0 +1,222 @@
+"""Losses and sampling steps of a GaussianDiffusion as DiT's scripts have it, without the model, and whole training steps with it.
+
+Shapes are B x C x S x S: latents. What each launches and waits for is counted by `benchmarks.launches`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.bars import Bar, faster
+from benchmarks.blocks import flops, relative_error
+from benchmarks.harness import Case, Contestant
+from benchmarks.launches import Script, script, script_diffusion
+from benchmarks.peers import dit_script
+from benchmarks.peers.compiled import compile_static
+
+QUIET_SECONDS = 0.0  # everybody here computes on torch's threads: nobody else's spin
+KEEPS_FREED_MEMORY = True
+LATENTS = {"32x4x32x32": "DiT, 256 px", "8x4x64x64": "DiT, 512 px"}
+STEPS = {"p_sample": {}, "ddim_sample": {"eta": 0.0}}
+MODEL, SAMPLES = (384, 12, 6), 4  # DiT-S/2
+QUICK = ("losses/8x4x64x64",)
+TIMES = (0, 1, 100, 500, 999)
+TOLERANCE = 1e-4
+
+
+def diffusion_of(who: str) -> Any:
+    import mmgen_kernels as mk
+
+    if who == "ours":
+        return mk.create_diffusion("")
+    found = script_diffusion()
+    if who == "patched":
+        mk.patch(found, strict=True)
+    return found
+
+
+def latents(shape: str, device: torch.device, tiny: bool) -> tuple[Tensor, ...]:
+    """x, noise, the model's output and t. As after some training: about the noise, and something of the variance."""
+    B, C, S, _ = (int(size) for size in shape.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    x, z, error, v = (torch.randn(2 if tiny else B, C, S, S, generator=generator) for _ in range(4))
+    t = torch.tensor(TIMES).repeat(len(x))[: len(x)]
+    return tuple(tensor.to(device) for tensor in (x.clamp(-1, 1), z, torch.cat((z + 0.3 * error, v.tanh()), 1), t))
+
+
+def exact() -> Any:
+    found = script_diffusion()
+    found.precision = torch.float64
+    return found
+
+
+# -- losses -------------------------------------------------------------------------------------------------------------
+
+
+def losses_of(diffusion: Any, compiled: bool = False) -> Callable[..., Callable]:
+    """The mean loss and the gradient of the model's output."""
+
+    def make(x: Tensor, z: Tensor, output: Tensor, t: Tensor) -> Callable:
+        leaf = output.detach().requires_grad_()
+
+        def loss() -> Tensor:
+            return diffusion.training_losses(lambda x, t: leaf, x, t, noise=z)["loss"].mean()
+
+        run = compile_static(loss, x.device) if compiled else loss
+
+        def both() -> tuple[Tensor, Tensor]:
+            found = run()
+            return found.detach(), *torch.autograd.grad(found, [leaf])
+
+        return both
+
+    return make
+
+
+def losses_case(shape: str, device: torch.device) -> Case:
+    truth: list[Tensor] = []
+
+    def judge(contestant: Contestant, given: tuple, output) -> dict:
+        if not truth:
+            *tensors, t = given
+            truth.extend(losses_of(exact())(*(g.double().cpu() for g in tensors), t.cpu())())
+        return {"error": max(relative_error(o, e) for o, e in zip(output, truth, strict=True))}
+
+    return case(f"losses/{shape}", "losses", shape, losses_of, judge, device, tensors=5)
+
+
+# -- a step of sampling -------------------------------------------------------------------------------------------------
+
+
+def step_of(name: str) -> Callable[..., Callable[..., Callable]]:
+    def of(diffusion: Any, compiled: bool = False) -> Callable[..., Callable]:
+        def make(x: Tensor, z: Tensor, output: Tensor, t: Tensor) -> Callable:
+            def once() -> tuple[Tensor, Tensor]:
+                out = getattr(diffusion, name)(lambda x, t: output, x, t, clip_denoised=False, **STEPS[name])
+                return out["sample"], out["pred_xstart"]
+
+            return torch.no_grad()(compile_static(once, x.device) if compiled else once)
+
+        return make
+
+    return of
+
+
+def step_case(name: str, shape: str, device: torch.device) -> Case:
+    truth: list[Tensor] = []
+
+    def judge(contestant: Contestant, given: tuple, output) -> dict:
+        """By x_0: the sample has noise of its own."""
+        if not truth:
+            *tensors, t = given
+            truth.extend(step_of(name)(exact())(*(g.double().cpu() for g in tensors), t.cpu())())
+        return {"error": relative_error(output[1], truth[1])}
+
+    return case(f"{name}/{shape}", name, shape, step_of(name), judge, device, tensors=6)
+
+
+def case(
+    name: str, group: str, shape: str, of: Callable[..., Callable], judge: Callable, device: torch.device, tensors: int
+) -> Case:
+    B, C, S, _ = (int(size) for size in shape.split("x"))
+    return Case(
+        name=name,
+        group=group,
+        contestants=[
+            Contestant("ours", lambda *given: of(diffusion_of("ours"))(*given), requires="mmgen_kernels"),
+            Contestant("patched", lambda *given: of(diffusion_of("patched"))(*given), requires="mmgen_kernels"),
+            Contestant("eager", lambda *given: of(diffusion_of("script"))(*given)),
+            Contestant("compile", lambda *given: of(diffusion_of("script"), compiled=True)(*given), compiles=True),
+        ],
+        inputs=lambda tiny: {"data": latents(shape, device, tiny)},
+        judge=judge,
+        flops=0.0,
+        bytes=4.0 * tensors * B * C * S * S,
+        limit="copy_gb_s",
+        dims={"B": B, "C": C, "S": S},
+        tolerance=TOLERANCE,
+        note=LATENTS[shape],
+    )
+
+
+# -- a training step ----------------------------------------------------------------------------------------------------
+
+
+def training(parts: Callable[[Any], Script]) -> Callable[..., Callable]:
+    """A step of the script: the loss and the first layer's gradient. With a learning rate of 0 and one seed, each is the same."""
+
+    def make(model: Any, x: Tensor, y: Tensor) -> Callable:
+        found = parts(copy.deepcopy(model))
+        ema = copy.deepcopy(model).requires_grad_(False)
+        optimizer = torch.optim.AdamW(found.model.parameters(), lr=0.0, weight_decay=0.0)
+
+        def step() -> tuple[Tensor, Tensor]:
+            torch.manual_seed(0)
+            loss = dit_script.training_step(found.model, ema, optimizer, found.diffusion, found.update_ema, x, y)
+            return loss, found.model.x_embedder.weight.grad
+
+        return step
+
+    return make
+
+
+def in_fp64(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The same step, with the normals that fp32 draws."""
+    parts = script(False, copy.deepcopy(model).cpu().double())
+    parts.diffusion.precision = torch.float64
+    with mock.patch.object(torch, "randn_like", lambda like: torch.randn(like.shape).to(like)):
+        return training(lambda model: parts)(parts.model, x.cpu().double(), y.cpu())()
+
+
+def training_case(device: torch.device) -> Case:
+    D, depth, H = MODEL
+    truth: list[Tensor] = []
+
+    def inputs(tiny: bool) -> dict[str, tuple]:
+        model = dit_script.LatentDiT(D, 1 if tiny else depth, H).to(device)
+        x = torch.randn(SAMPLES, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+        return {"data": (model, x.clamp(-1, 1), torch.arange(SAMPLES, device=device))}
+
+    def judge(contestant: Contestant, given: tuple, output) -> dict:
+        if not truth:
+            truth.extend(in_fp64(*given))
+        return {"error": max(relative_error(o, e) for o, e in zip(output, truth, strict=True))}
+
+    return Case(
+        name=f"step/DiT-S-2-{SAMPLES}",
+        group="step",
+        contestants=[
+            Contestant("patched", training(lambda model: script(True, model)), requires="mmgen_kernels"),
+            Contestant("eager", training(lambda model: script(False, model))),
+        ],
+        inputs=inputs,
+        judge=judge,
+        flops=flops(SAMPLES, 256, D, depth),
+        bytes=0.0,
+        limit="fma_gflops",
+        dims={"B": SAMPLES, "T": 256, "D": D, "H": H},
+        tolerance=1e-3,
+        note=f"DiT-S/2, {SAMPLES} samples: losses with the bound, backward, AdamW, moving average",
+    )
+
+
+def cases(device: torch.device) -> list[Case]:
+    found = [losses_case(shape, device) for shape in LATENTS]
+    found += [step_case(name, shape, device) for name in STEPS for shape in LATENTS]
+    return [*found, training_case(device)]
+
+
+# -- bars ---------------------------------------------------------------------------------------------------------------
+
+
+def bars(results: dict[str, dict]) -> list[Bar]:
+    """What the project promises of a script that is patched, on a CPU."""
+    found = [faster(results, f"losses/{shape}", "patched", "eager", 3.0) for shape in LATENTS]
+    found += [faster(results, f"p_sample/{shape}", "patched", "eager", 2.0) for shape in LATENTS]
+    return [*found, faster(results, f"step/DiT-S-2-{SAMPLES}", "patched", "eager", 1.15)]
