@@ -17,8 +17,12 @@ from mmgen_kernels.schedule.schedulers.classes import (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
-from mmgen_kernels.schedule.schedulers.classes_cogvideox import CogVideoXDDIMScheduler
-from mmgen_kernels.schedule.schedulers.classes_flow import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from mmgen_kernels.schedule.schedulers.classes_cogvideox import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from mmgen_kernels.schedule.schedulers.classes_flow import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 from mmgen_kernels.schedule.schedulers.classes_sigma import (
     CMStochasticIterativeScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -35,6 +39,7 @@ __all__ = [
     "AmusedScheduler",
     "CMStochasticIterativeScheduler",
     "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
@@ -46,6 +51,7 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
     "HeunDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",

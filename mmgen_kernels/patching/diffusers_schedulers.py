@@ -20,7 +20,8 @@ from mmgen_kernels.schedule.planner import DEFAULTS
 from mmgen_kernels.schedule.schedulers import noising
 from mmgen_kernels.schedule.schedulers.base import signature_of_step, split_return_dict
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned
-from mmgen_kernels.schedule.schedulers.steps import STEPS
+from mmgen_kernels.schedule.schedulers.steps import STEPS, TUPLES
+from mmgen_kernels.schedule.schedulers.steps_shared import Bare
 
 BY = "mk.scheduler_step"
 FALLS_BACK_WHEN = ("a step has no row in the plan: an option it does not know, broadcast shapes, history from elsewhere",)
@@ -37,6 +38,8 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "DPMSolverSinglestepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "DEISMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "UniPCMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
+    "CogVideoXDPMScheduler": ALPHAS,
+    "FlowMatchHeunDiscreteScheduler": {},
     "FlowMatchLCMScheduler": {},
     "LMSDiscreteScheduler": {"add_noise": noising.by_sigma},
     "HeunDiscreteScheduler": {"add_noise": noising.by_sigma},
@@ -48,7 +51,7 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "DDIMInverseScheduler": {},  # which noises nothing
     "FlowMatchEulerDiscreteScheduler": {},  # scale_noise has its arguments in another order
 }
-SPLIT = {name: split_return_dict(function) for name, (function, _) in STEPS.items()}
+SPLIT = {name: split_return_dict(function, name not in TUPLES) for name, (function, _) in STEPS.items()}
 STEPS_OF_VERIFICATION = 5
 TOLERANCE = 1e-4  # of the largest value: fp32, coefficients in fp32 there and in fp64 here, over that many steps
 
@@ -90,6 +93,8 @@ class Step(Method):
         except Unplanned:
             return self.stock(*args, **kwargs)
         self.fused += 1
+        if isinstance(results, Bare):
+            return tuple(results)
         if not as_dict:
             return results
         return self.output(**dict(zip(fields, results, strict=True)))
@@ -211,13 +216,18 @@ def run_of(scheduler: Any) -> list[Tensor]:
     mu = {"mu": 0.5} if "mu" in takes and scheduler.config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(STEPS_OF_VERIFICATION, **mu)
     generator = torch.Generator().manual_seed(0)
-    drawn = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    taken = inspect.signature(scheduler.step).parameters
+    more: dict[str, Any] = {"generator": generator} if "generator" in taken else {}
+    if "timestep_back" in taken:
+        more |= {"timestep_back": None, "old_pred_original_sample": None}
     x = torch.randn(2, 3, 4, 4, generator=generator) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
     results = []
     for t in scheduler.timesteps:
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         output = torch.tanh(torch.cat((seen, -seen), 1) if learned else seen)
-        x, *others = scheduler.step(output, t, x, **drawn, return_dict=False)
+        x, *others = scheduler.step(output, timestep=t, sample=x, **more, return_dict=False)
+        if "timestep_back" in taken:
+            more |= {"timestep_back": t, "old_pred_original_sample": others[0]}
         results += [x, *others]
     return results

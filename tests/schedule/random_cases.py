@@ -128,11 +128,19 @@ def tcd(rng):
     return config, run | {"eta": rng.choice((0.0, 0.3, 0.3, 0.8, 1.0))}
 
 
-def cogvideox_ddim(rng):
+def cogvideox(rng):
     config = training(rng) | spaced(rng) | {"set_alpha_to_one": rng.random() < 0.5, "clip_sample": rng.random() < 0.5}
     config = visible(config | {"prediction_type": rng.choice(("epsilon", "sample", "v_prediction"))})
     run = steps(rng)
     return config | {"snr_shift_scale": rng.choice((1.0, 3.0, 0.7))}, late(rng, run, run["num_inference_steps"])
+
+
+def flow_match_heun(rng):
+    config, run = {"num_train_timesteps": rng.choice((100, 1000)), "shift": rng.choice((1.0, 3.0, 0.5))}, steps(rng)
+    if rng.random() < 0.5:
+        run |= {"s_churn": rng.choice((0.5, 3.0, 40.0)), "s_tmin": rng.choice((0.0, 0.3)), "s_tmax": rng.choice((0.8, 1e9))}
+        run["s_noise"] = rng.choice((1.0, 1.003))
+    return config, late(rng, run, 2 * run["num_inference_steps"] - 1)
 
 
 def flow_match_lcm(rng):
@@ -369,7 +377,9 @@ RANDOM = {
     "FlowMatchEulerDiscreteScheduler": flow_match,
     "LCMScheduler": lcm,
     "TCDScheduler": tcd,
-    "CogVideoXDDIMScheduler": cogvideox_ddim,
+    "CogVideoXDDIMScheduler": cogvideox,
+    "CogVideoXDPMScheduler": cogvideox,
+    "FlowMatchHeunDiscreteScheduler": flow_match_heun,
     "DEISMultistepScheduler": deis,
     "DPMSolverSinglestepScheduler": singlestep,
     "FlowMatchLCMScheduler": flow_match_lcm,

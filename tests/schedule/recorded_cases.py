@@ -154,6 +154,19 @@ CASES = {
         ({"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"}, {"num_inference_steps": 7, "begin": 2}),
         (SHORT | {"trained_betas": [0.001 * (j + 1) for j in range(40)], "steps_offset": 1}, FIVE),
     ],
+    "CogVideoXDPMScheduler": [
+        ({}, FIVE),
+        (V | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, FIVE),
+        (X0 | {"beta_schedule": "linear", "snr_shift_scale": 1.0, "set_alpha_to_one": False}, FIVE),
+        ({"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"}, {"num_inference_steps": 7, "begin": 2}),
+    ],
+    "FlowMatchHeunDiscreteScheduler": [
+        ({}, FIVE),
+        ({"shift": 3.0}, {"num_inference_steps": 6, "begin": 4}),
+        ({"shift": 3.0}, {"num_inference_steps": 4, "begin": 1}),
+        ({"shift": 0.5}, FIVE | {"s_churn": 2.0, "s_noise": 1.003, "s_tmax": 0.7}),
+        (SHORT, {"num_inference_steps": 1}),
+    ],
     "DEISMultistepScheduler": [
         (SD, FIVE),
         (SD | {"solver_order": 3, "use_karras_sigmas": True, "lower_order_final": False}, {"num_inference_steps": 7}),

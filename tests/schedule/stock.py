@@ -64,6 +64,8 @@ def trajectory(scheduler, run, shape, channels):
     module = importlib.import_module(type(scheduler).__module__)
     taken = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "order")
     extra = {name: run[name] for name in taken if name in run}
+    if type(scheduler).__name__ == "CogVideoXDPMScheduler":
+        extra |= {"timestep_back": None, "old_pred_original_sample": None}
     kept = {name: getattr(module, name) for name in ("torch", "randn_tensor") if hasattr(module, name)}
     begin, steps = run.get("begin", 0), []
     sample = image(99, shape) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -74,8 +76,10 @@ def trajectory(scheduler, run, shape, channels):
             if scheduler.timesteps.dtype == torch.int64:
                 time = int(time)  # a whole number, so that LCM's scalings of it are fp64
             scaled = scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample
-            outputs = scheduler.step(model(k, scaled, channels), time, sample, return_dict=False, **extra)
+            outputs = scheduler.step(model(k, scaled, channels), timestep=time, sample=sample, return_dict=False, **extra)
             sample = outputs[0]
+            if "timestep_back" in extra:
+                extra |= {"timestep_back": time, "old_pred_original_sample": outputs[1]}
             steps.append(outputs)
     except torch.linalg.LinAlgError:  # UniPC's third order where a level comes twice
         steps += [(torch.full_like(sample, torch.nan),)] * (len(scheduler.timesteps) - begin - len(steps))

@@ -15,6 +15,8 @@ SPACE = {
     "LCMScheduler": VP,
     "TCDScheduler": VP,
     "CogVideoXDDIMScheduler": VP,
+    "CogVideoXDPMScheduler": VP,
+    "FlowMatchHeunDiscreteScheduler": FLOW,
     "LMSDiscreteScheduler": EDM,
     "DEISMultistepScheduler": VP,
     "DPMSolverSinglestepScheduler": VP,
@@ -85,6 +87,7 @@ DETERMINISTIC = [
     *(("HeunDiscreteScheduler", {"prediction_type": kind, "use_karras_sigmas": kind == "epsilon"}) for kind in VPS),
     *(("LMSDiscreteScheduler", {"prediction_type": kind, "use_karras_sigmas": kind == "epsilon"}) for kind in VPS),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
     *(("DPMSolverMultistepScheduler", {"prediction_type": kind, "solver_order": 1 + j}) for j, kind in enumerate(VPS)),
     *(
@@ -129,6 +132,7 @@ STOCHASTIC = [
     ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, {}),
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
     ("FlowMatchLCMScheduler", {"shift": 3.0}, {}),
+    *(("CogVideoXDPMScheduler", {"prediction_type": kind, "num_train_timesteps": 700}, {}) for kind in VPS),
 ]
 
 

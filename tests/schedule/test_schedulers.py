@@ -25,6 +25,7 @@ NOISY = (
     "DDPMScheduler",
     "LCMScheduler",
     "TCDScheduler",
+    "CogVideoXDPMScheduler",
     "FlowMatchLCMScheduler",
     "CMStochasticIterativeScheduler",
     "KDPM2AncestralDiscreteScheduler",
@@ -43,6 +44,12 @@ def set_run(scheduler, run):
     scheduler.set_timesteps(**{n: v for n, v in run.items() if n in taken})
 
 
+def past(scheduler, t=None, results=(None, None)):
+    """What a step is handed of the one before, where its class keeps nothing itself."""
+    handed = "timestep_back" in inspect.signature(scheduler.step).parameters
+    return {"timestep_back": t, "old_pred_original_sample": results[1]} if handed else {}
+
+
 def sampled(scheduler, steps=6, dtype=FP32, generator=None, shape=(2, 3, 4, 5), **options):
     """Samples of a run whose model is a bounded function."""
     mu = {"mu": 0.5} if scheduler.config.get("use_dynamic_shifting") else {}
@@ -50,10 +57,11 @@ def sampled(scheduler, steps=6, dtype=FP32, generator=None, shape=(2, 3, 4, 5), 
     x = image(99, shape).to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
     if generator is not None:
         options["generator"] = generator
-    found = []
+    found, before = [], past(scheduler)
     for t in scheduler.timesteps:
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(torch.tanh(seen), t, x, **options, return_dict=False)[0]
+        results = scheduler.step(torch.tanh(seen), timestep=t, sample=x, **before, **options, return_dict=False)
+        x, before = results[0], past(scheduler, t, results)
         found.append(x)
     return found
 
@@ -77,14 +85,17 @@ def test_recorded_trajectory(record, monkeypatch):
     begin, x = run.get("begin", 0), image(99, SHAPE) * schedule.init_noise_sigma
     scheduler.set_begin_index(begin)
     options = {n: run[n] for n in OF_STEP if n in run and n in inspect.signature(scheduler.step).parameters}
+    before = past(scheduler)
     for k, (t, recorded) in enumerate(zip(scheduler.timesteps[begin:], record["steps"], strict=True)):
         monkeypatch.setattr(Stepper, "draw", lambda *a, k=k: image(k, SHAPE, speed=2.1))
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        outputs = scheduler.step(model(k, seen, SHAPE[1] * (1 + learned)), t, x, **options).to_tuple()
+        output = model(k, seen, SHAPE[1] * (1 + learned))
+        outputs = scheduler.step(output, timestep=t, sample=x, **before, **options, return_dict=True)
+        outputs = outputs if isinstance(outputs, tuple) else outputs.to_tuple()
         for ours, theirs in zip(outputs, recorded, strict=False):
             expected = torch.tensor([float(v) for v in theirs], dtype=torch.float64).view(SHAPE)
             assert (ours - expected).abs().max() <= 1e-8 * expected.abs().max()
-        x = outputs[0]
+        x, before = outputs[0], past(scheduler, t, outputs)
 
 
 @pytest.mark.parametrize("class_name", [name for name in DEFAULTS if name not in NOISY])
@@ -292,13 +303,16 @@ def test_a_step_reads_nothing_back_and_is_one_launch(class_name):
     x = torch.randn(2, 3, 8192)  # larger than any table
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
+    before = past(scheduler)
     for k, t in enumerate(scheduler.timesteps):
         scheduler.is_scale_input_called = True
         with Watch(x.numel()) as watch:
-            x = scheduler.step(x * 0.5, t, x, return_dict=False)[0]
+            results = scheduler.step(x * 0.5, timestep=t, sample=x, **before, return_dict=False)
         scaled = 1  # x * 0.5, the model
+        thrown_away = before.get("timestep_back") is not None  # normals that diffusers draws
         assert watch.reads == []
-        assert watch.launches - scaled <= 1 + noisy, k  # and the normals, where they are torch's
+        assert watch.launches - scaled <= 1 + noisy + thrown_away, k  # and the normals, where they are torch's
+        x, before = results[0], past(scheduler, t, results)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -77,6 +77,67 @@ def test_tcd_lands_between_two_timesteps(eta):
         scheduler.step(output, scheduler.timesteps[1], x, eta=1.5)
 
 
+def test_cogvideox_dpm_draws_twice_and_is_told_of_the_step_before():
+    scheduler = made("CogVideoXDPMScheduler")
+    scheduler.set_timesteps(5)
+    times, x = scheduler.timesteps.tolist(), image(4, SHAPE).float()
+    generator, twin = (torch.Generator().manual_seed(5) for _ in range(2))
+    first = scheduler.step(torch.tanh(x), None, times[0], None, x, generator=generator, return_dict=True)
+    assert type(first) is tuple and len(first) == 2  # a tuple, as in diffusers
+    normals = [torch.randn(SHAPE, generator=twin) for _ in range(3)]
+    a, b, c = scheduler.alphas_cumprod[times[:3]]
+    y = first[0]
+    second = scheduler.step(torch.tanh(y), first[1], times[1], times[0], y, generator=generator, return_dict=True)
+    before, here, there = ((v / (1 - v)).log() / 2 for v in (a, b, c))
+    h, r = there - here, (here - before) / (there - here)
+    y64, d64 = y.double(), first[1].double()
+    clean = (y64 - (1 - b).sqrt() * torch.tanh(y).double()) / b.sqrt()
+    data = (1 + 1 / (2 * r)) * clean - d64 / (2 * r)
+    expected = ((1 - c) / (1 - b)).sqrt() * (-h).exp() * y64 - (-2 * h).expm1() * c.sqrt() * data
+    expected = expected + (1 - c).sqrt() * (1 - (-2 * h).exp()).sqrt() * normals[2].double()
+    torch.testing.assert_close(second.prev_sample.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second.pred_original_sample.double(), clean, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="timestep_back must be that of the step before"):
+        scheduler.step(x, first[1], times[3], times[1], x)
+    with pytest.raises(ValueError, match="timestep must be one of the run's"):
+        scheduler.step(x, None, 1, None, x)
+
+
+# -- pairs of steps -----------------------------------------------------------------------------------------------------
+
+
+def test_heun_of_a_flow_in_pairs():
+    scheduler = made("FlowMatchHeunDiscreteScheduler", shift=3.0)
+    x, z = image(5, SHAPE).float(), image(6, SHAPE).float()
+    scheduler.set_timesteps(3)
+    assert scheduler.order == 2 and len(scheduler.timesteps) == 5
+    noised = scheduler.scale_noise(x, scheduler.timesteps[0], z)
+    assert same_bits(noised, z) and scheduler.step_index == 0  # level 1
+    s, to = scheduler.sigmas[:2].double()
+    first = scheduler.step(torch.tanh(x), scheduler.timesteps[0], x).prev_sample
+    assert not scheduler.state_in_first_order and scheduler.sample is x and scheduler.prev_derivative.dtype == torch.float32
+    torch.testing.assert_close(first.double(), x + (to - s) * torch.tanh(x).double(), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="second step must be churned as its first"):
+        scheduler.step(torch.tanh(first), scheduler.timesteps[1], first, s_churn=3.0)
+    second = scheduler.step(torch.tanh(first), scheduler.timesteps[1], first).prev_sample
+    slope = (torch.tanh(x).double() + torch.tanh(first).double()) / 2
+    torch.testing.assert_close(second.double(), x + (to - s) * slope, rtol=1e-6, atol=1e-6)
+    assert scheduler.state_in_first_order and scheduler.sample is None and scheduler.step_index == 2
+
+
+def test_a_churned_pair_draws_twice():
+    """And what the second draws does not arrive, as in diffusers."""
+    scheduler = made("FlowMatchHeunDiscreteScheduler")
+    scheduler.set_timesteps(3)
+    generator, twin, x = torch.Generator().manual_seed(8), torch.Generator().manual_seed(8), image(7, SHAPE).float()
+    drawn, _ = (torch.randn(SHAPE, generator=twin) for _ in range(2))
+    s, hat = scheduler.sigmas[0].double(), scheduler.sigmas[0].double() * 1.4
+    first = scheduler.step(torch.tanh(x), scheduler.timesteps[0], x, s_churn=2.0, generator=generator)
+    torch.testing.assert_close(scheduler.sample.double(), x.double() + (hat**2 - s**2).sqrt() * drawn, rtol=1e-6, atol=1e-6)
+    scheduler.step(torch.tanh(x), scheduler.timesteps[1], first.prev_sample, s_churn=2.0, generator=generator)
+    assert torch.equal(generator.get_state(), twin.get_state())
+
+
 # -- DPM-Solver in groups of steps --------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ def test_edm_takes_a_predicted_x0():
 TWICE = [name for name in DEFAULTS if getattr(mk.schedulers, name).order == 2]
 
 
-@pytest.mark.parametrize("class_name", TWICE)
+@pytest.mark.parametrize("class_name", [name for name in TWICE if not name.startswith("Flow")])
 def test_two_evaluations_make_a_step(class_name):
     """What pipelines look at, and a straight way: where x0 and the noise are constant every level is reached exactly."""
     scheduler = made(class_name)
@@ -61,13 +61,14 @@ def test_a_step_is_gone_on_with_by_a_copy(class_name):
     expected = sampled(whole, **g)
     scheduler = made(class_name)
     scheduler.set_timesteps(6)
-    x = image(99, (2, 3, 4, 5)).float() * scheduler.init_noise_sigma
+    x = image(99, (2, 3, 4, 5)).float() * getattr(scheduler, "init_noise_sigma", 1.0)
     generator = torch.Generator().manual_seed(1)
     for k, t in enumerate(scheduler.timesteps):
         if k == 5:  # in the middle of a step
             scheduler = pickle.loads(pickle.dumps(copy.deepcopy(scheduler)))
         options = {"generator": generator} if class_name in NOISY else {}
-        x = scheduler.step(torch.tanh(scheduler.scale_model_input(x, t)), t, x, **options).prev_sample
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(torch.tanh(seen), t, x, **options).prev_sample
         assert same_bits(x, expected[k])
     scheduler.set_timesteps(6)
     scheduler.sample = scheduler.dt = x

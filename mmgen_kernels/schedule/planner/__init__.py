@@ -19,6 +19,7 @@ from types import ModuleType
 
 from mmgen_kernels.schedule.planner import (
     cogvideox_ddim,
+    cogvideox_dpm,
     consistency,
     ddim,
     ddim_inverse,
@@ -30,6 +31,7 @@ from mmgen_kernels.schedule.planner import (
     euler,
     euler_ancestral,
     flow_match,
+    flow_match_heun,
     flow_match_lcm,
     heun,
     kdpm2,
@@ -54,8 +56,10 @@ CLASSES: dict[str, ModuleType] = {
     "UniPCMultistepScheduler": unipc,
     "CogVideoXDDIMScheduler": cogvideox_ddim,
     "FlowMatchEulerDiscreteScheduler": flow_match,
+    "CogVideoXDPMScheduler": cogvideox_dpm,
     "DEISMultistepScheduler": deis,
     "DPMSolverSinglestepScheduler": singlestep,
+    "FlowMatchHeunDiscreteScheduler": flow_match_heun,
     "FlowMatchLCMScheduler": flow_match_lcm,
     "TCDScheduler": tcd,
     "LCMScheduler": lcm,

@@ -86,7 +86,8 @@ class Plan:
 
     Args:
         inputs: names of the inputs, at most 6. "sample", "model_output", "last_sample", and "m1", "m2", ...: converted model
-            outputs of one, two, ... steps ago, "x1", "x2", ...: samples.
+            outputs of one, two, ... steps ago, "x1", "x2", ...: samples, "derivative":
+            a slope of the step before.
         outputs: names of the outputs, at most 3. "prev_sample" is the first; "pred_original_sample", "denoised" are returned beside
             it; "m0" (this step's converted model output) and "corrected" (the sample after the corrector) are history to keep.
         rows: (steps, 1 + len(outputs), len(inputs) + 2). rows[k] is step `begin` + k.

@@ -147,6 +147,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rescale_betas_zero_snr": False,
         "snr_shift_scale": 3.0,
     },
+    "CogVideoXDPMScheduler": {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "trained_betas": None,
+        "clip_sample": True,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "prediction_type": "epsilon",
+        "clip_sample_range": 1.0,
+        "sample_max_value": 1.0,
+        "timestep_spacing": "leading",
+        "rescale_betas_zero_snr": False,
+        "snr_shift_scale": 3.0,
+    },
     "DEISMultistepScheduler": {
         "num_train_timesteps": 1000,
         "beta_start": 0.0001,
@@ -195,6 +211,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "variance_type": None,
         "use_dynamic_shifting": False,
         "time_shift_type": "exponential",
+    },
+    "FlowMatchHeunDiscreteScheduler": {
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
     },
     "FlowMatchLCMScheduler": {
         "num_train_timesteps": 1000,

@@ -17,7 +17,8 @@ from mmgen_kernels.schedule.schedulers import noising
 from mmgen_kernels.schedule.schedulers.configuration import Config, Configured
 from mmgen_kernels.schedule.schedulers.noise import NOISES
 from mmgen_kernels.schedule.schedulers.stepper import Stepper
-from mmgen_kernels.schedule.schedulers.steps import STEPS
+from mmgen_kernels.schedule.schedulers.steps import STEPS, TUPLES
+from mmgen_kernels.schedule.schedulers.steps_shared import Bare
 
 Device = torch.device | str | None
 
@@ -38,17 +39,17 @@ class StepOutput(OrderedDict):
         return tuple(self.values())
 
 
-def signature_of_step(function: Callable) -> inspect.Signature:
-    """diffusers': that of the function in steps.py with `return_dict` behind what it takes by place."""
+def signature_of_step(function: Callable, as_dict: bool = True) -> inspect.Signature:
+    """diffusers': that of the function in steps.py with `return_dict`, by default `as_dict`, behind what it takes by place."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     own = list(inspect.signature(function).parameters.values())[2:]
     before = [p for p in own if p.kind == kind]
     after = [p.replace(kind=kind) for p in own if p.kind != kind]
-    flag = inspect.Parameter("return_dict", kind, default=True, annotation=bool)
+    flag = inspect.Parameter("return_dict", kind, default=as_dict, annotation=bool)
     return inspect.Signature([inspect.Parameter("self", kind), *before, flag, *after])
 
 
-def split_return_dict(function: Callable) -> Callable[[tuple, dict], tuple[tuple, dict, bool]]:
+def split_return_dict(function: Callable, as_dict: bool = True) -> Callable[[tuple, dict], tuple[tuple, dict, bool]]:
     """Takes `return_dict` out of a call's arguments, wherever it stands."""
     names = list(signature_of_step(function).parameters)[1:]
     count = names.index("return_dict")
@@ -56,7 +57,7 @@ def split_return_dict(function: Callable) -> Callable[[tuple, dict], tuple[tuple
     def split(args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
         if len(args) > count:
             return args[:count], kwargs | dict(zip(names[count + 1 :], args[count + 1 :], strict=False)), bool(args[count])
-        return args, kwargs, bool(kwargs.pop("return_dict", True))
+        return args, kwargs, bool(kwargs.pop("return_dict", as_dict))
 
     return split
 
@@ -93,14 +94,17 @@ class Scheduler(Configured):
             return
         cls.class_name = cls.__name__
         function, fields = STEPS[cls.class_name]
-        split = split_return_dict(function)
+        unless_told = cls.class_name not in TUPLES
+        split = split_return_dict(function, unless_told)
 
         def step(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
             args, kwargs, as_dict = split(args, kwargs)
             results = function(self.stepper, self, *args, **kwargs)
+            if isinstance(results, Bare):
+                return tuple(results)
             return StepOutput(zip(fields, results, strict=True)) if as_dict else results
 
-        step.__signature__ = signature_of_step(function)  # type: ignore[attr-defined]
+        step.__signature__ = signature_of_step(function, unless_told)  # type: ignore[attr-defined]
         step.__doc__ = f"One step, in one pass: {', '.join(fields)}, in a StepOutput, or as a tuple where return_dict is False."
         cls.step = step  # type: ignore[attr-defined]
         cls.__signature__ = cls.__signature_of_init__()  # type: ignore[attr-defined]

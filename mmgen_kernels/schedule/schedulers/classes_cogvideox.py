@@ -8,8 +8,8 @@ from mmgen_kernels.schedule.planner import cogvideox
 from mmgen_kernels.schedule.schedulers.base import Device, VariancePreserving
 
 
-class CogVideoXDDIMScheduler(VariancePreserving):
-    """Yang et al. 2024, CogVideoX: DDIM without noise, of levels whose signal to noise ratio is divided by `snr_shift_scale`."""
+class CogVideoX(VariancePreserving):
+    """What the two share: levels whose signal to noise ratio is divided by `snr_shift_scale`."""
 
     def levels_of_training(self) -> Tensor:
         return cogvideox.alphas_cumprod(self.config)
@@ -17,3 +17,11 @@ class CogVideoXDDIMScheduler(VariancePreserving):
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """The run: so many steps."""
         self.set_run(device, num_inference_steps=num_inference_steps)
+
+
+class CogVideoXDDIMScheduler(CogVideoX):
+    """Yang et al. 2024, CogVideoX: DDIM without noise."""
+
+
+class CogVideoXDPMScheduler(CogVideoX):
+    """Yang et al. 2024, CogVideoX: DPM-Solver++ with noise; `step` is handed the data predicted a step ago, and when that was."""

@@ -31,6 +31,12 @@ def by_flow(s: Any, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor
     return at_levels(s, samples, noise, timesteps, "linear", s.sigmas)
 
 
+def by_flow_at(s: Any, samples: Tensor, noise: Tensor, place: int) -> Tensor:
+    """(1 - sigma) samples + sigma noise at one place of the schedule."""
+    index = torch.full(samples.shape[:1], place, dtype=torch.int64, device=samples.device)
+    return add_noise(samples, noise, index, path="linear", table=s.sigmas.to(samples.device))[0]
+
+
 def by_alpha_and_sigma(s: Any, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """alpha samples + sigma noise, alpha^2 + sigma^2 = 1 but for flows"""
     if s.config["use_flow_sigmas"]:

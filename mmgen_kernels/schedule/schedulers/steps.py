@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmgen_kernels.schedule.schedulers.noise import Generators
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned, check_tensors, of_channels
-from mmgen_kernels.schedule.schedulers.steps_cogvideox import cogvideox_ddim
-from mmgen_kernels.schedule.schedulers.steps_flow import flow_match_lcm
+from mmgen_kernels.schedule.schedulers.steps_cogvideox import cogvideox_ddim, cogvideox_dpm
+from mmgen_kernels.schedule.schedulers.steps_flow import flow_match_heun, flow_match_lcm
 from mmgen_kernels.schedule.schedulers.steps_shared import (
     FP32,
     by_timestep,
@@ -212,6 +212,8 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "FlowMatchEulerDiscreteScheduler": (flow_match_euler, ("prev_sample",)),
     "DEISMultistepScheduler": (deis, ("prev_sample",)),
     "DPMSolverSinglestepScheduler": (singlestep, ("prev_sample",)),
+    "CogVideoXDPMScheduler": (cogvideox_dpm, ("prev_sample", "pred_original_sample")),
+    "FlowMatchHeunDiscreteScheduler": (flow_match_heun, ("prev_sample",)),
     "FlowMatchLCMScheduler": (flow_match_lcm, ("prev_sample",)),
     "LCMScheduler": (lcm, ("prev_sample", "denoised")),
     "TCDScheduler": (tcd, ("prev_sample", "pred_noised_sample")),
@@ -225,3 +227,4 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "EDMEulerScheduler": (edm_euler, ("prev_sample", "pred_original_sample")),
     "CMStochasticIterativeScheduler": (consistency_model, ("prev_sample",)),
 }
+TUPLES = ("CogVideoXDPMScheduler",)  # return one where return_dict is not given

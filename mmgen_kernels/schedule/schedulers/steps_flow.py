@@ -11,7 +11,49 @@ from mmgen_kernels.philox.ops import fold_in
 from mmgen_kernels.schedule.ops import scheduler_step
 from mmgen_kernels.schedule.schedulers.noise import Generators
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Table, Unplanned, check_tensors, of_channels
-from mmgen_kernels.schedule.schedulers.steps_shared import FP32, refuse_indices, step_index
+from mmgen_kernels.schedule.schedulers.steps_shared import FP32, of_evaluation, refuse_indices, step_index
+
+
+def flow_match_heun(
+    stepper: Stepper,
+    s: Any,
+    model_output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+    generator: Generators = None,
+) -> tuple[Tensor, ...]:
+    refuse_indices(s, timestep)
+    check_tensors(model_output, sample)
+    k, first = step_index(s, timestep), s.dt is None
+    churn = {"s_churn": float(s_churn), "s_tmin": float(s_tmin), "s_tmax": float(s_tmax), "s_noise": float(s_noise)}
+    table, row = of_evaluation(stepper, s, k, first, **churn)
+    dt = between(table, row if first else row - 1)
+    if not first and (isinstance(s.dt, Tensor) or s.dt != dt):
+        raise Unplanned(f"a pair's second step must be churned as its first, which went {s.dt}, got {s_churn=}, which goes {dt}")
+
+    prediction, _ = of_channels(table.plan, model_output, sample)
+    noise = stepper.draw(table, prediction, generator, prediction.dtype) if table.plan.draws_noise[row] else None
+    wide = torch.promote_types(FP32, prediction.dtype)
+    named = {"sample": sample, "model_output": prediction, "last_sample": s.sample, "derivative": s.prev_derivative}
+    kept = dict.fromkeys(table.plan.outputs[1:], wide) if first else {}
+    found = stepper.run(table, row, named, {"prev_sample": prediction.dtype, **kept}, noise)
+    if first:
+        s.sample, s.prev_derivative, s.dt = found.get("start", sample), found["slope"], dt
+    else:
+        s.sample = s.prev_derivative = s.dt = None
+    s._step_index += 1
+    return (found["prev_sample"],)
+
+
+def between(table: Table, row: int) -> float:
+    """How far the pair goes whose first step the row is; alone, the last first step is one of Euler's."""
+    if row + 1 < len(table.plan.rows):
+        return 2 * table.plan.rows[row + 1][1][table.plan.inputs.index("derivative")]
+    return table.plan.rows[row][1][table.plan.inputs.index("model_output")]
 
 
 def flow_match_lcm(

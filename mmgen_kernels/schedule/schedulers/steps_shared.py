@@ -13,6 +13,10 @@ from mmgen_kernels.schedule.schedulers.stepper import ANY_TIMESTEP, Stepper, Tab
 FP32 = torch.float32
 
 
+class Bare(tuple):
+    """Results that stay a tuple whatever `return_dict` asks for."""
+
+
 def by_timestep(stepper: Stepper, s: Any, timestep: Any, **run: Any) -> tuple[Table, int]:
     """Of a scheduler that counts no steps: the row of the timestep, or a table of that timestep alone."""
     k = stepper.place(s, timestep)
@@ -108,6 +112,14 @@ def stepper_begin(stepper: Stepper, s: Any, k: int, full: int, **run: Any) -> in
     stepper.table(s, **run)  # drops what was planned for other timesteps
     known = [asked[0] for asked in stepper.tables if asked[0] <= k - full]
     return max(known, default=max(k - full, 0))
+
+
+def of_evaluation(stepper: Stepper, s: Any, k: int, first: bool, **run: Any) -> tuple[Table, int]:
+    """The plan whose evaluations are first ones where the scheduler says that this one is, and its row."""
+    begin = k % 2 if first else (k + 1) % 2
+    if begin > k:
+        raise Unplanned("step 0 must be the first evaluation of its step, got a sample of one before")
+    return stepper.table(s, begin=begin, **run), k - begin
 
 
 def history_of(s: Any) -> dict[str, Tensor | None]:

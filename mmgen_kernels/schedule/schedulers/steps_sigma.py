@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels.schedule.schedulers.noise import Generators
-from mmgen_kernels.schedule.schedulers.stepper import Stepper, Table, Unplanned, check_tensors, of_channels
-from mmgen_kernels.schedule.schedulers.steps_shared import in_sigma_space, refuse_indices, step_index, with_history
+from mmgen_kernels.schedule.schedulers.stepper import Stepper, check_tensors, of_channels
+from mmgen_kernels.schedule.schedulers.steps_shared import in_sigma_space, of_evaluation, refuse_indices, step_index, with_history
 
 
 def lms(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor, order: int = 4) -> tuple[Tensor, ...]:
@@ -71,14 +71,6 @@ def two_stage(
     s.sample = sample if first else None
     s._step_index += 1
     return found["prev_sample"], found["pred_original_sample"]
-
-
-def of_evaluation(stepper: Stepper, s: Any, k: int, first: bool) -> tuple[Table, int]:
-    """The plan whose evaluations are first ones where the scheduler says that this one is, and its row."""
-    begin = k % 2 if first else (k + 1) % 2
-    if begin > k:
-        raise Unplanned("step 0 must be the first evaluation of its step, got a sample of one before")
-    return stepper.table(s, begin=begin), k - begin
 
 
 def edm_euler(
