@@ -39,10 +39,11 @@ def text(held: dict) -> str:
     heading, *rows = table(result)
     lines = [f"| {' | '.join(heading)} |", "|---|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
     training = held["result"]["settings"]["causal"]["training"]
+    steps = f"{result.steps}" if result.steps == training["steps"] else f"the first {result.steps} of {training['steps']}"
     cost = [f"{side.cpu_seconds_per_step:.2f}" for side in (result.causal, result.diffusion)]
     drawing = [f"{side.cpu_seconds_per_picture:.1f}" for side in (result.causal, result.diffusion)]
     told = (
-        f"Trained on {result.trained_tokens:,} codes each, {training['steps']} steps of {training['batch_size']} crops. Held out: "
+        f"Trained on {result.trained_tokens:,} codes each, {steps} steps of {training['batch_size']} crops. Held out: "
         f"{result.held_out_pictures} tiles of {result.tokens_per_picture} codes, K = {result.codebook_size}, which the tokenizer "
         f"gives back at {result.held_out_psnr:.2f} dB. The bound was drawn {result.replicates} times; ± is the standard error of "
         f"that. CPU seconds, causal and diffusion: {' and '.join(cost)} for forward and backward of a training step, "

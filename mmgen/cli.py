@@ -116,6 +116,7 @@ def add_code_tasks(tasks: Any) -> None:
     codes.add_argument("--image-size", type=int, metavar="N", help="side of the training crops")
     codes.add_argument("--codebook-size", type=int, metavar="K")
     codes.add_argument("--replicates", type=int, metavar="N", help="how often the diffusion model's bound is drawn")
+    codes.add_argument("--until", type=int, metavar="N", help="compare after N of the --steps that the learning rate falls over")
     add_code_model(codes)
     add_training(codes, out="runs/codes")
 

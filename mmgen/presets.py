@@ -184,8 +184,11 @@ class CodeComparison(Settings):
     causal: CodeExperiment
     diffusion: CodeDiffusionExperiment
     replicates: int = 32  # of the numbers that the diffusion model's bound is drawn with
+    until: int | None = None  # both models stop there, on the way to their steps
 
     def __post_init__(self):
+        if self.until is not None and self.until < 1:
+            raise ValueError(f"--until must be at least 1, got {self.until}")
         if self.replicates < 2:
             raise ValueError(f"--replicates must be at least 2, for a standard error, got {self.replicates}")
 

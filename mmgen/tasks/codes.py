@@ -47,6 +47,7 @@ class Codes:
     tokens_per_picture: int
     held_out_pictures: int
     held_out_psnr: float  # of the tokenizer, dB
+    steps: int
     trained_tokens: int
     replicates: int
     uniform: float  # bits per code, and below
@@ -69,10 +70,12 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
 
     tokenizer = train(comparison.tokenizer, out / "tokenizer", device=device, resume=resume)
     runs = {
-        kind: train_codes(experiment, tokenizer.folder, out / kind, device=device, resume=resume)
+        kind: train_codes(experiment, tokenizer.folder, out / kind, device=device, resume=resume, until=comparison.until)
         for kind, experiment in (("causal", comparison.causal), ("diffusion", comparison.diffusion))
     }
     causal, held_out = runs["causal"], runs["causal"].held_out  # (M, T)
+    if len({run.step for run in runs.values()}) > 1:
+        raise ValueError(f"--out {out} holds runs of {causal.step} and {runs['diffusion'].step} steps: go on to the same step")
     K = comparison.tokenizer.model.codebook_size
     fresh = [causal.train[len(causal.train) + i] for i in range(FRESH_CROPS)]  # type: ignore[arg-type]  # items of no epoch
     known = encoded(causal.tokenizer, fresh, batch_size=causal.config.batch_size, device=device)  # type: ignore[arg-type]
@@ -95,7 +98,8 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
         tokens_per_picture=held_out.shape[1],
         held_out_pictures=len(held_out),
         held_out_psnr=log.read(tokenizer.log_file)[-1]["held_out_psnr"],
-        trained_tokens=causal.config.steps * causal.config.batch_size * held_out.shape[1],
+        steps=causal.step,
+        trained_tokens=causal.step * causal.config.batch_size * held_out.shape[1],
         replicates=comparison.replicates,
         uniform=torch.tensor(K).log2().item(),
         held_out_entropy=entropy(held_out.cpu(), K),
@@ -120,9 +124,9 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
 
 
 def trained_codes(run: CodeTrainer) -> Tensor:
-    """All that the run was trained on, (steps B, T)."""
+    """All that the run was trained on so far, (step B, T)."""
     crops: RandomCrops = run.train  # type: ignore[assignment]
-    batches = StepSampler(len(crops), run.config.batch_size, seed=run.config.seed, stop=run.config.steps)
+    batches = StepSampler(len(crops), run.config.batch_size, seed=run.config.seed, stop=run.step)
     with torch.no_grad():
         parts = (torch.stack([crops[i] for i in batch]).to(run.device) for batch in batches)
         return torch.cat([run.tokenizer.encode(part).indices.flatten(1).cpu() for part in parts])

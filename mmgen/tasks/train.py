@@ -109,20 +109,26 @@ def code_trainer(experiment: CodeExperiment, tokenizer: Path, folder: Path, devi
 
 
 def train_codes(
-    experiment: CodeExperiment, tokenizer: Path, folder: Path, *, device: torch.device, resume: bool = True
+    experiment: CodeExperiment,
+    tokenizer: Path,
+    folder: Path,
+    *,
+    device: torch.device,
+    resume: bool = True,
+    until: int | None = None,
 ) -> CodeTrainer:
     if not resume:
         start_over(folder)
-    return finished(code_trainer(experiment, tokenizer, folder, device))
+    return finished(code_trainer(experiment, tokenizer, folder, device), until)
 
 
 RUN = TypeVar("RUN", bound=Trainer)
 
 
-def finished(run: RUN) -> RUN:
+def finished(run: RUN, until: int | None = None) -> RUN:
     if run.step:
         print(f"{run.folder}: going on after step {run.step} of {run.config.steps}")
-    run.run()
+    run.run(until)
     return run
 
 

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def test_run_again_the_finished_comparison_trains_nothing(finished, capsys):
     assert "diffusion transformer, bound from above" in capsys.readouterr().out
 
 
+def test_the_comparison_stops_where_it_is_told(finished, tmp_path):
+    with pytest.raises(SystemExit, match="holds runs of 4 and 3 steps: go on to the same step"):
+        for kind in ("tokenizer", "causal"):
+            shutil.copytree(finished / kind, tmp_path / kind)
+        main(["codes", *SMALL.split(), "--until=3", "--out", str(tmp_path)])
+    shutil.rmtree(tmp_path / "causal")
+    main(["codes", *SMALL.split(), "--until=3", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert (result["steps"], result["trained_tokens"]) == (3, 3 * 4 * 16)
+
+
 def test_completions_keep_the_upper_half(finished):
     from mmgen.presets import CodeSamplingConfig
 
@@ -124,6 +136,7 @@ def test_a_model_of_replaced_codes_is_trained_and_drawn_from(finished, tmp_path)
         ("sample-codes --run {finished}/causal --top-k 33", "error: --top-k must be between 1 and 32, the codes, got 33"),
         ("sample-codes --run {finished}/causal --temperature -1", "error: --temperature must not be negative, got -1.0"),
         ("sample-codes --run {finished}/causal --samples 0", "error: --samples must be at least 1, got 0"),
+        ("codes --until 0", "error: --until must be at least 1, got 0"),
         ("codes --replicates 1", "error: --replicates must be at least 2, for a standard error, got 1"),
         ("codes --image-size 30", "error: --image-size must be divisible by 4, the pixels per token, got 30"),
     ],
