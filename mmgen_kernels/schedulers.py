@@ -14,6 +14,7 @@ from mmgen_kernels.schedule.schedulers.classes import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "Plan",
     "StepOutput",
     "TCDScheduler",

@@ -32,26 +32,34 @@ FUSED_SHARE = 0.95
 def with_our_step(stock: type, counts: collections.Counter[str]) -> type:
     """A subclass that passes for `stock`; `counts` learns who served its steps: "fused", or why stock did."""
     from mmgen_kernels.patching.diffusers_schedulers import NOISING, Noising, Step
+    from mmgen_kernels.schedule.schedulers.stepper import Stepper
+    from mmgen_kernels.schedule.schedulers.steps import ALSO_STEP
 
     name = stock.__name__
 
     class OurStep(Step):
         def stock(self, *args: Any, **kwargs: Any) -> Any:
             counts[str(sys.exc_info()[1])] += 1  # called where Unplanned is caught
-            return stock.step(self.scheduler, *args, **kwargs)
+            return getattr(stock, self.name)(self.scheduler, *args, **kwargs)
 
     class OurNoising(Noising):
         def stock(self, *args: Any, **kwargs: Any) -> Any:
             return getattr(stock, self.name)(self.scheduler, *args, **kwargs)
 
-    @functools.wraps(stock.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__.setdefault("_our_step", None) or OurStep(self, name, "torch")
-        self._our_step, before = own, own.fused
-        try:
-            return own(*args, **kwargs)
-        finally:
-            counts["fused"] += own.fused - before
+    def stepping(method: str) -> Any:
+        @functools.wraps(getattr(stock, method))
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not hasattr(self, "_our_steps"):
+                stepper = Stepper(name)
+                self._our_steps = {m: OurStep(self, name, stepper, m) for m in methods}
+            own = self._our_steps[method]
+            before = own.fused
+            try:
+                return own(*args, **kwargs)
+            finally:
+                counts["fused"] += own.fused - before
+
+        return step
 
     def noising(method: str) -> Any:
         function = NOISING[name][method]
@@ -62,8 +70,10 @@ def with_our_step(stock: type, counts: collections.Counter[str]) -> type:
 
         return add
 
-    replaced = {method: noising(method) for method in NOISING[name] if hasattr(stock, method)}
-    return type(name, (stock,), {"step": step, **replaced, "__module__": stock.__module__, "__qualname__": name})
+    methods = ("step", *ALSO_STEP.get(name, ()))
+    replaced = {method: stepping(method) for method in methods}
+    replaced |= {method: noising(method) for method in NOISING[name] if hasattr(stock, method)}
+    return type(name, (stock,), {**replaced, "__module__": stock.__module__, "__qualname__": name})
 
 
 class Recorder:

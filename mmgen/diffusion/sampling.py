@@ -104,7 +104,7 @@ def planned(guide: Guide, noise: Tensor, scheduler: Named, num_inference_steps: 
             guidance_scale=guide.scale,
         )
         there |= dict(zip(plan.outputs, made, strict=True))
-        history = {name: there[source] for name, source in plan.feeds.items() if source in there}
+        history = {name: there[source] for name, source in plan.feeds_of(i).items() if source in there}
         x = there["prev_sample"]
     return x
 

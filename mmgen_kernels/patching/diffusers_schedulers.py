@@ -20,7 +20,7 @@ from mmgen_kernels.schedule.planner import DEFAULTS
 from mmgen_kernels.schedule.schedulers import noising
 from mmgen_kernels.schedule.schedulers.base import signature_of_step, split_return_dict
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned
-from mmgen_kernels.schedule.schedulers.steps import STEPS, TUPLES
+from mmgen_kernels.schedule.schedulers.steps import ALSO_STEP, STEPS, TUPLES
 from mmgen_kernels.schedule.schedulers.steps_shared import Bare
 
 BY = "mk.scheduler_step"
@@ -41,6 +41,7 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "CogVideoXDPMScheduler": ALPHAS,
     "FlowMatchHeunDiscreteScheduler": {},
     "FlowMatchLCMScheduler": {},
+    "PNDMScheduler": {"add_noise": noising.by_alphas},
     "LMSDiscreteScheduler": {"add_noise": noising.by_sigma},
     "HeunDiscreteScheduler": {"add_noise": noising.by_sigma},
     "KDPM2DiscreteScheduler": {"add_noise": noising.by_sigma},
@@ -76,16 +77,18 @@ class Method:
 
 
 class Step(Method):
-    name = "step"
+    """In place of `step`, or of another method that steps."""
 
-    def __init__(self, scheduler: Any, class_name: str, noise: str):
+    def __init__(self, scheduler: Any, class_name: str, stepper: Stepper, name: str = "step"):
         super().__init__(scheduler)
-        self.class_name, self.stepper = class_name, Stepper(class_name, noise)
+        self.class_name, self.stepper, self.name = class_name, stepper, name
         self.split = SPLIT[class_name]
         self.calls = self.fused = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function, fields = STEPS[self.class_name]
+        if self.name != "step":
+            function = ALSO_STEP[self.class_name][self.name]
         self.calls += 1
         ours, named, as_dict = self.split(args, dict(kwargs))
         try:
@@ -146,7 +149,7 @@ def reasons_against(scheduler: Any, verify: bool) -> list[str]:
     stock = type_of(scheduler, name)
     changed = [
         m
-        for m in ("step", "set_timesteps", "convert_model_output")
+        for m in ("step", "set_timesteps", "convert_model_output", *ALSO_STEP.get(name, ()))
         if getattr(type(scheduler), m, None) is not getattr(stock, m, None)
     ]
     reasons = [f"{type(scheduler).__name__} overrides {name}.{method}" for method in changed]
@@ -162,7 +165,8 @@ def reasons_against(scheduler: Any, verify: bool) -> list[str]:
 def replacements(scheduler: Any, noise: str) -> dict[str, Method]:
     name = class_of(scheduler)
     assert name is not None
-    found: dict[str, Method] = {"step": Step(scheduler, name, noise)}
+    stepper = Stepper(name, noise)
+    found: dict[str, Method] = {m: Step(scheduler, name, stepper, m) for m in ("step", *ALSO_STEP.get(name, ()))}
     for method, function in NOISING[name].items():
         if hasattr(type(scheduler), method):
             found[method] = Noising(scheduler, method, function)
@@ -188,7 +192,7 @@ def differences(scheduler: Any, name: str) -> list[str]:
     except Exception as error:
         return [f"stock code fails in verification: {type(error).__name__}: {error}"]
     twin = copy.deepcopy(scheduler)
-    step = Step(twin, name, "torch")
+    step = Step(twin, name, Stepper(name))
     twin.step = step
     try:
         found = run_of(twin)

@@ -189,6 +189,7 @@ CONFIGS = [
     {"set_alpha_to_one": False},
     {"sigma_schedule": "exponential"},
     {"clip_denoised": False},
+    {"skip_prk_steps": True},
     # unshifted, a flow's first step magnifies a hundredfold, and stock's fp32 is 5e-5 away from fp64 for it
     {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0},
     {"clip_sample": True},

@@ -59,7 +59,7 @@ def trajectory(plan, shape, channels, apply=step):
         inputs = {"sample": sample, "model_output": output} | history
         outputs = apply(plan, k, inputs, image(k, shape, speed=2.1), variance)
         everything = inputs | outputs
-        history = {name: everything[source] for name, source in plan.feeds.items() if source in everything}
+        history = {name: everything[source] for name, source in plan.feeds_of(k).items() if source in everything}
         sample = outputs["prev_sample"]
         steps.append(outputs)
     return steps

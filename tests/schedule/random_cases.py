@@ -279,6 +279,15 @@ def ddim_inverse(rng):
     return config, late(rng, run, run["num_inference_steps"])
 
 
+def pndm(rng):
+    config = training(rng) | spaced(rng) | {"prediction_type": rng.choice(("epsilon", "v_prediction"))}
+    config |= {"set_alpha_to_one": rng.random() < 0.5, "skip_prk_steps": rng.random() < 0.6}
+    del config["rescale_betas_zero_snr"]
+    run = {"num_inference_steps": rng.randint(2 if config["skip_prk_steps"] else 4, 14)}
+    late_ones = config["skip_prk_steps"]  # a run has to begin with all of Runge and Kutta's evaluations
+    return config, late(rng, run, run["num_inference_steps"] + 1) if late_ones else run
+
+
 def sigma_space(rng, **counts):
     """What LMS, Heun and KDPM2 share."""
     config = training(rng, **counts) | spaced(rng) | respacing(rng)
@@ -361,6 +370,7 @@ def consistency(rng):
 
 RANDOM = {
     "DDIMInverseScheduler": ddim_inverse,
+    "PNDMScheduler": pndm,
     "LMSDiscreteScheduler": lms,
     "HeunDiscreteScheduler": heun,
     "KDPM2DiscreteScheduler": kdpm2,

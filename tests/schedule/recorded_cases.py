@@ -31,6 +31,14 @@ CASES = {
         (X0 | {"clip_sample": False, "set_alpha_to_one": False}, {"num_inference_steps": 7, "begin": 2}),
         (SHORT | {"trained_betas": [0.001 * (j + 1) for j in range(40)], "clip_sample": False}, {"num_inference_steps": 40}),
     ],
+    "PNDMScheduler": [
+        ({}, {"num_inference_steps": 7}),
+        (SD | {"skip_prk_steps": True, "steps_offset": 1}, {"num_inference_steps": 7}),
+        (SD | V | {"set_alpha_to_one": True, "timestep_spacing": "trailing"}, FIVE),
+        (SD | V | {"skip_prk_steps": True, "timestep_spacing": "linspace"}, FIVE),
+        (SD | {"skip_prk_steps": True}, {"num_inference_steps": 8, "begin": 3}),
+        (SHORT | {"skip_prk_steps": True, "set_alpha_to_one": True}, {"num_inference_steps": 1}),
+    ],
     "LMSDiscreteScheduler": [
         ({}, FIVE),
         (SD | {"use_karras_sigmas": True}, {"num_inference_steps": 8}),

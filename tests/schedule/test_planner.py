@@ -55,14 +55,16 @@ def test_levels(record):
 def assert_whole(plan):
     """What the operator that applies a plan relies on."""
     n, steps = len(plan.inputs), len(plan.timesteps)
-    assert n <= 6 and 1 <= len(plan.outputs) <= 3 and plan.outputs[0] == "prev_sample"
+    assert 1 <= len(plan.outputs) <= 3 and plan.outputs[0] == "prev_sample"
+    assert all(sum(any(line[j] != 0 for line in row) for j in range(n)) <= 6 for row in plan.rows)
     assert [[len(line) for line in row] for row in plan.rows] == [[n + 2] * (1 + len(plan.outputs))] * steps
     assert all(row[0][n] == 0 for row in plan.rows)  # derived is no term of itself
     assert len(plan.draws_noise) == len(plan.scale_model_input) == steps
     for row, drawn in zip(plan.rows, plan.draws_noise, strict=True):
         assert drawn or all(line[n + 1] == 0 for line in row)
-    assert set(plan.feeds) == set(plan.inputs) - {"sample", "model_output"}
-    assert set(plan.feeds.values()) <= {*plan.inputs, *plan.outputs}
+    for k in range(steps):
+        assert set(plan.feeds_of(k)) == set(plan.inputs) - {"sample", "model_output"}
+        assert set(plan.feeds_of(k).values()) <= {*plan.inputs, *plan.outputs}
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=name)
@@ -91,7 +93,7 @@ TRAILING = {"timestep_spacing": "trailing"}
 DPM, UNIPC, FLOW = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
 DEIS, SINGLE = "DEISMultistepScheduler", "DPMSolverSinglestepScheduler"
 REFUSED = [
-    ("PNDMScheduler", {}, FIVE, "class_name"),
+    ("IPNDMScheduler", {}, FIVE, "class_name"),
     ("DDIMScheduler", {}, {}, "num_inference_steps"),
     ("DDIMScheduler", {}, {"num_inference_steps": 0}, "num_inference_steps"),
     ("DDIMScheduler", {}, {"num_inference_steps": 1001}, "num_inference_steps"),
@@ -119,6 +121,10 @@ REFUSED = [
     ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}, FIVE, "prediction_type"),
     ("EulerAncestralDiscreteScheduler", {}, {}, "num_inference_steps"),
     ("DDIMInverseScheduler", {"timestep_spacing": "linspace"}, FIVE, "timestep_spacing"),
+    ("PNDMScheduler", {}, {"num_inference_steps": 3}, "num_inference_steps"),
+    ("PNDMScheduler", {"prediction_type": "sample"}, FIVE, "prediction_type"),
+    ("PNDMScheduler", {}, FIVE | {"method": "plms", "kept": 2}, "kept|outputs of prk"),
+    ("PNDMScheduler", {}, FIVE | {"method": "prk", "counter": 12, "begin": 3}, "counter"),
     ("LMSDiscreteScheduler", {}, FIVE | {"order": 5}, "order"),
     ("LMSDiscreteScheduler", {"prediction_type": "flow_prediction"}, FIVE, "prediction_type"),
     ("HeunDiscreteScheduler", {}, FIVE | {"timesteps": [3, 1]}, "num_inference_steps"),

@@ -18,6 +18,7 @@ SPACE = {
     "CogVideoXDPMScheduler": VP,
     "FlowMatchHeunDiscreteScheduler": FLOW,
     "LMSDiscreteScheduler": EDM,
+    "PNDMScheduler": VP,
     "DEISMultistepScheduler": VP,
     "DPMSolverSinglestepScheduler": VP,
     "HeunDiscreteScheduler": EDM,
@@ -72,7 +73,7 @@ def followed(class_name, config, run, *, keep):
             sample = alpha * X0 + sigma * Z
         inputs = {"sample": sample, "model_output": predicted(kind, alpha, sigma)} | history
         everything = inputs | plan_executor.step(plan, k, inputs, DRAWN)
-        history = {name: everything[source] for name, source in plan.feeds.items() if source in everything}
+        history = {name: everything[source] for name, source in plan.feeds_of(k).items() if source in everything}
         sample = everything["prev_sample"]
         reached.append((sample, to_alpha, to_sigma))
     return reached

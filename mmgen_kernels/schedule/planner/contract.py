@@ -29,6 +29,8 @@ class Run:
         per_token_timesteps: FlowMatchEulerDiscreteScheduler's; one level per token is no row of a table, so any raises.
         num_train_timesteps: of Heun and the two KDPM2: in place of the config's for the spacing alone.
         order: LMSDiscreteScheduler's, from 1 to 4.
+        counter, kept, method: PNDM's: how many evaluations came before the first row, of how many the outputs are kept, and which
+            of "prk" and "plms" serves the rows; None: as its `step` chooses.
         has_original: EDMEulerScheduler's: its step is handed a predicted x0, which then stands where the model's output would.
     """
 
@@ -50,6 +52,9 @@ class Run:
     num_train_timesteps: int | None = None
     order: int = 4
     has_original: bool = False
+    counter: int = 0
+    kept: int = 0
+    method: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,8 @@ class Plan:
     A term whose coefficient is 0 is left out, never multiplied: history that does not exist yet may be anything.
 
     Args:
-        inputs: names of the inputs, at most 6. "sample", "model_output", "last_sample", and "m1", "m2", ...: converted model
-            outputs of one, two, ... steps ago, "x1", "x2", ...: samples, "derivative":
-            a slope of the step before.
+        inputs: names of the inputs, of which a row uses at most 6. "sample", "model_output", "last_sample", and "m1", "m2", ...:
+            converted model outputs of one, two, ... steps ago, "x1", "x2", ...: samples, "derivative": a slope of the step before.
         outputs: names of the outputs, at most 3. "prev_sample" is the first; "pred_original_sample", "denoised" are returned beside
             it; "m0" (this step's converted model output) and "corrected" (the sample after the corrector) are history to keep.
         rows: (steps, 1 + len(outputs), len(inputs) + 2). rows[k] is step `begin` + k.
@@ -95,7 +99,7 @@ class Plan:
         begin: index of the first step in `schedule.timesteps`.
         draws_noise: per row, whether the stock scheduler draws noise there. It may draw where the coefficient is 0.
         scale_model_input: per row, what the sample is multiplied by before the model sees it.
-        feeds: where the next step's history comes from: input name -> name of this step's output or input.
+        feeds: where the next step's history comes from: input name -> name of this step's output or input; or of each row its own.
         clamp: (low, high) for derived, or None.
         threshold: (ratio, max) for derived, or None: per sample s = min(max(1, quantile(|derived|, ratio)), max),
             derived = clamp(derived, -s, s) / s.
@@ -111,11 +115,14 @@ class Plan:
     begin: int
     draws_noise: tuple[bool, ...]
     scale_model_input: tuple[float, ...]
-    feeds: dict[str, str] = field(default_factory=dict)
+    feeds: dict[str, str] | tuple[dict[str, str], ...] = field(default_factory=dict)
     clamp: tuple[float, float] | None = None
     threshold: tuple[float, float] | None = None
     log_variance: tuple[tuple[float, float], ...] | None = None
     channels: int | None = None
+
+    def feeds_of(self, k: int) -> dict[str, str]:
+        return self.feeds if isinstance(self.feeds, dict) else self.feeds[k]
 
     @property
     def init_noise_sigma(self) -> float:

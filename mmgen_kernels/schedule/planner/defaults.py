@@ -301,6 +301,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "timestep_spacing": "leading",
         "rescale_betas_zero_snr": False,
     },
+    "PNDMScheduler": {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "trained_betas": None,
+        "skip_prk_steps": False,
+        "set_alpha_to_one": False,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+    },
     "LMSDiscreteScheduler": {
         "num_train_timesteps": 1000,
         "beta_start": 0.0001,

@@ -17,7 +17,7 @@ from mmgen_kernels.schedule.schedulers import noising
 from mmgen_kernels.schedule.schedulers.configuration import Config, Configured
 from mmgen_kernels.schedule.schedulers.noise import NOISES
 from mmgen_kernels.schedule.schedulers.stepper import Stepper
-from mmgen_kernels.schedule.schedulers.steps import STEPS, TUPLES
+from mmgen_kernels.schedule.schedulers.steps import ALSO_STEP, STEPS, TUPLES
 from mmgen_kernels.schedule.schedulers.steps_shared import Bare
 
 Device = torch.device | str | None
@@ -62,6 +62,22 @@ def split_return_dict(function: Callable, as_dict: bool = True) -> Callable[[tup
     return split
 
 
+def stepping(function: Callable, fields: tuple[str, ...], unless_told: bool) -> Callable:
+    """The method of a class that steps by the function; what `return_dict` is unless told."""
+    split = split_return_dict(function, unless_told)
+
+    def step(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs, as_dict = split(args, kwargs)
+        results = function(self.stepper, self, *args, **kwargs)
+        if isinstance(results, Bare):
+            return tuple(results)
+        return StepOutput(zip(fields, results, strict=True)) if as_dict else results
+
+    step.__signature__ = signature_of_step(function, unless_told)  # type: ignore[attr-defined]
+    step.__doc__ = f"One step, in one pass: {', '.join(fields)}, in a StepOutput, or as a tuple where return_dict is False."
+    return step
+
+
 class Scheduler(Configured):
     """A scheduler of diffusers by its name: the same config, `set_timesteps`, `step` and noise, and a step is one operator.
 
@@ -95,18 +111,9 @@ class Scheduler(Configured):
         cls.class_name = cls.__name__
         function, fields = STEPS[cls.class_name]
         unless_told = cls.class_name not in TUPLES
-        split = split_return_dict(function, unless_told)
-
-        def step(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs, as_dict = split(args, kwargs)
-            results = function(self.stepper, self, *args, **kwargs)
-            if isinstance(results, Bare):
-                return tuple(results)
-            return StepOutput(zip(fields, results, strict=True)) if as_dict else results
-
-        step.__signature__ = signature_of_step(function, unless_told)  # type: ignore[attr-defined]
-        step.__doc__ = f"One step, in one pass: {', '.join(fields)}, in a StepOutput, or as a tuple where return_dict is False."
-        cls.step = step  # type: ignore[attr-defined]
+        cls.step = stepping(function, fields, unless_told)  # type: ignore[attr-defined]
+        for name, another in ALSO_STEP.get(cls.class_name, {}).items():
+            setattr(cls, name, stepping(another, fields, unless_told))
         cls.__signature__ = cls.__signature_of_init__()  # type: ignore[attr-defined]
 
     @classmethod

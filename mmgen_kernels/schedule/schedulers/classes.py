@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mmgen_kernels.schedule.planner import ddpm
+from mmgen_kernels.schedule.planner import ddpm, pndm
 from mmgen_kernels.schedule.planner.sigmas import start
 from mmgen_kernels.schedule.schedulers import noising
-from mmgen_kernels.schedule.schedulers.base import Device, Multistep, SigmaSpace, VariancePreserving
+from mmgen_kernels.schedule.schedulers.base import Device, Diffusion, Multistep, SigmaSpace, VariancePreserving
 
 
 class DDPMScheduler(VariancePreserving):
@@ -37,6 +37,26 @@ class DDIMScheduler(VariancePreserving):
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """The run: so many steps."""
         self.set_run(device, num_inference_steps=num_inference_steps)
+
+
+class PNDMScheduler(VariancePreserving):
+    """Liu et al. 2022, Pseudo Numerical Methods for Diffusion Models: Runge and Kutta's first steps, then Adams and Bashforth's."""
+
+    pndm_order = 4
+    scale_model_input = Diffusion.scale_model_input  # type: ignore[assignment]
+
+    def forget(self) -> None:
+        self.counter = 0
+        self.ets: list[Tensor] = []
+        self.cur_sample: Tensor | None = None
+        self.cur_model_output: Tensor | int = 0
+        self.prk_timesteps: list[int] = []
+        self.plms_timesteps: list[int] = []
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """The run: so many steps. It has an evaluation more where the first steps are Adams and Bashforth's too, else nine."""
+        self.set_run(device, num_inference_steps=num_inference_steps)
+        self.prk_timesteps, self.plms_timesteps = pndm.timesteps_of(self.config, num_inference_steps)
 
 
 class DDIMInverseScheduler(VariancePreserving):

@@ -23,7 +23,7 @@ from mmgen_kernels.schedule.reference import INPUTS
 from mmgen_kernels.schedule.schedulers.noise import Generators, key_from, randn
 
 # may step from timesteps that are not in the run
-ANY_TIMESTEP = ("DDIMScheduler", "DDIMInverseScheduler", "CogVideoXDDIMScheduler")
+ANY_TIMESTEP = ("DDIMScheduler", "DDIMInverseScheduler", "PNDMScheduler", "CogVideoXDDIMScheduler")
 
 
 class Unplanned(ValueError):

@@ -15,6 +15,7 @@ from mmgen_kernels.schedule.schedulers.noise import Generators
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned, check_tensors, of_channels
 from mmgen_kernels.schedule.schedulers.steps_cogvideox import cogvideox_ddim, cogvideox_dpm
 from mmgen_kernels.schedule.schedulers.steps_flow import flow_match_heun, flow_match_lcm
+from mmgen_kernels.schedule.schedulers.steps_pndm import plms, pndm, prk
 from mmgen_kernels.schedule.schedulers.steps_shared import (
     FP32,
     by_timestep,
@@ -219,6 +220,7 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "TCDScheduler": (tcd, ("prev_sample", "pred_noised_sample")),
     "CogVideoXDDIMScheduler": (cogvideox_ddim, ("prev_sample", "pred_original_sample")),
     "DDIMInverseScheduler": (ddim_inverse, ("prev_sample", "pred_original_sample")),
+    "PNDMScheduler": (pndm, ("prev_sample",)),
     "LMSDiscreteScheduler": (lms, ("prev_sample", "pred_original_sample")),
     "HeunDiscreteScheduler": (heun, ("prev_sample", "pred_original_sample")),
     "KDPM2DiscreteScheduler": (kdpm2, ("prev_sample", "pred_original_sample")),
@@ -228,3 +230,6 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "CMStochasticIterativeScheduler": (consistency_model, ("prev_sample",)),
 }
 TUPLES = ("CogVideoXDPMScheduler",)  # return one where return_dict is not given
+
+# class -> further methods that step, which return what `step` does
+ALSO_STEP: dict[str, dict[str, Callable[..., tuple[Tensor, ...]]]] = {"PNDMScheduler": {"step_prk": prk, "step_plms": plms}}
