@@ -67,6 +67,8 @@ class Launches(TorchDispatchMode):
         from mmgen_kernels.library import OPERATORS
 
         operator = OPERATORS[func.overloadpacket.__name__]
+        left = [a for a in func._schema.arguments[len(args) :] if a.name not in kwargs]  # the dispatcher leaves defaults out
+        kwargs = kwargs | {a.name: a.default_value for a in left}
         if operator.parts:
             with self:
                 return operator.reference(*args, **kwargs)

@@ -34,6 +34,8 @@ OVERVIEW = {
     "schedule.step": "scheduler step, large latents",
     "schedule.run": "scheduler step, small latents (host time)",
     "schedule.noising": "noising of training data",
+    "diffusion.losses": "GaussianDiffusion's losses, forward and backward",
+    "diffusion.p_sample": "a step of p_sample",
     "philox.normal": "normal random numbers",
 }
 NOT_RIVALS = ("clone",)  # a limit: it moves the same bytes and computes nothing
