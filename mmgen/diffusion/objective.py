@@ -50,8 +50,8 @@ class ObjectiveConfig:
 
     def scheduler_named(self, name: str) -> Any:
         """The scheduler of `mk.schedulers` with that name, set to sample what was trained so."""
-        to_noise = ("DDIMInverseScheduler",)
-        known = [n for n in mk.schedulers.__all__ if n.endswith("Scheduler") and n not in to_noise]
+        others = ("DDIMInverseScheduler", "CogVideoXDPMScheduler")  # leads to noise; steps with the data of the step before
+        known = [n for n in mk.schedulers.__all__ if n.endswith("Scheduler") and n not in others]
         if name not in known:
             raise ValueError(f"--scheduler must be one of {', '.join(known)}, got {name!r}")
         scheduler = getattr(mk.schedulers, name)
