@@ -29,3 +29,18 @@ def test_guidance(benchmark, latents):
 
 def test_add_noise(benchmark, latents):
     benchmark(mk.add_noise, latents[0], KEY, torch.rand(8), path="linear", target="flow")
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
+def codes(request):
+    """Logits of 4096 codes, and positions of which half are masked."""
+    masked = torch.arange(256).remainder(2).mul(4096).repeat(4, 1)
+    return torch.randn(4, 256, 4096, dtype=request.param), masked
+
+
+def test_vq_diffusion_step(benchmark, codes):
+    benchmark(mk.vq_diffusion_step, *codes, mk.transition_table(torch.linspace(0.99, 0.01, 100), 4096), 50, noise=KEY)
+
+
+def test_unmask_step(benchmark, codes):
+    benchmark(mk.unmask_step, *codes, mk.masking_table(10), 5, mask_id=4096, noise=KEY)

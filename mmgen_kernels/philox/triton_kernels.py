@@ -27,23 +27,16 @@ def polynomial_of_log(f):
 
 
 @triton.jit
-def box_muller(radius, angle, WIDE: tl.constexpr):
-    turned = angle + 0x20000000
-    quadrant = turned >> 30
-    rest = (turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000
-    above_half = (radius >> 31) != 0
-    mirrored = tl.where(above_half, ~radius, radius).to(tl.int32)
+def log_uniform(word, WIDE: tl.constexpr):
+    """ln u, u = (word + 1/2) / 2^32."""
+    above_half = (word >> 31) != 0
+    mirrored = tl.where(above_half, ~word, word).to(tl.int32)
     if WIDE:
         distance = (mirrored.to(tl.float64) + 0.5) * (2.0**-32)
         u = tl.where(above_half, 1.0 - distance, distance)
         # ln u = ln(1 - d): the quotient makes up for the rounding of 1 - d
         log_u = tl.where(above_half, tl.log(u) * (distance / tl.where(above_half, 1.0 - u, 1.0)), tl.log(u))
         log_u = tl.where(above_half & (u == 1.0), -distance, log_u)
-        r = tl.sqrt(-2.0 * log_u)
-        x = (rest.to(tl.float64) + 0.5) * (2.0**-32)
-        x = x * 6.283185307179586
-        s = tl.sin(x)
-        c = tl.cos(x)
     else:
         distance = (mirrored.to(tl.float32) + 0.5) * (2.0**-32)
         u = tl.where(above_half, 1.0 - distance, distance)
@@ -53,6 +46,22 @@ def box_muller(radius, angle, WIDE: tl.constexpr):
         f = tl.where(exponent == 0, -distance, mantissa - 1.0)
         n = exponent.to(tl.float32)
         log_u = n * 0.693359375 + (f + (f * f * polynomial_of_log(f) + n * -2.12194440e-4))
+    return log_u
+
+
+@triton.jit
+def box_muller(radius, angle, WIDE: tl.constexpr):
+    turned = angle + 0x20000000
+    quadrant = turned >> 30
+    rest = (turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000
+    log_u = log_uniform(radius, WIDE)
+    if WIDE:
+        r = tl.sqrt(-2.0 * log_u)
+        x = (rest.to(tl.float64) + 0.5) * (2.0**-32)
+        x = x * 6.283185307179586
+        s = tl.sin(x)
+        c = tl.cos(x)
+    else:
         r = tl.sqrt_rn(-2.0 * log_u)
         x = (rest * 2 + 1).to(tl.float32) * (2.0**-33)
         t = x * x

@@ -24,6 +24,8 @@ from mmgen_kernels.schedule.triton_kernels import (
     hybrid_loss,
     hybrid_loss_backward,
     scheduler_step,
+    unmask_step,
+    vq_diffusion_step,
 )
 from mmgen_kernels.schedule.triton_kernels import pieces as pieces_of_samples
 
@@ -32,6 +34,7 @@ step_module = sys.modules["mmgen_kernels.schedule.triton_kernels.scheduler_step"
 diffusion_module = sys.modules["mmgen_kernels.schedule.triton_kernels.diffusion_loss"]
 hybrid_module = sys.modules["mmgen_kernels.schedule.triton_kernels.hybrid_loss"]
 KERNELS = {"take_step": step_module, "add_up": step_module, "noise_samples": add_noise_module}
+KERNELS["draw_codes"] = sys.modules["mmgen_kernels.schedule.triton_kernels.discrete"]
 KERNELS |= dict.fromkeys(("lose", "lose_samples", "average", "slope_of_loss"), diffusion_module)
 KERNELS |= dict.fromkeys(("lose_terms", "lose_hybrid", "slope_of_terms"), hybrid_module)
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -84,6 +87,22 @@ def bounded(dtype=BF16, shape=(2, 16, 64), wide=None, learned=True, kl=False, cl
     hybrid_loss_backward(loss, mse, None, *given)
 
 
+def drawn(operator, dtype=BF16, shape=(2, 32, 1024), codes_first=False, key="one", on_device=False, temperature=1.0):
+    """A call of vq_diffusion_step or unmask_step; without a key the exponentials are given."""
+    B, N, K = shape
+    logits = torch.empty(B, K, N, dtype=dtype).mT if codes_first else torch.empty(shape, dtype=dtype)
+    codes, index = torch.zeros(B, N, dtype=torch.int64), torch.zeros((), dtype=torch.int64) if on_device else None
+    keys = None if key is None else torch.zeros({"one": (2,), "each": (B, 2)}[key], dtype=torch.int64)
+    wide = dtype if dtype == FP64 else FP32
+    if operator == "diffuse":
+        noise = torch.empty(B, N, K + 1, dtype=wide) if key is None else None
+        vq_diffusion_step(logits, codes, noise, torch.ones(10, 9, dtype=FP64), index, keys, 0, temperature, True)
+    else:
+        noise = torch.empty(shape, dtype=wide) if key is None else None
+        wait = torch.empty(B, N, dtype=wide) if key is None else None
+        unmask_step(logits, codes, noise, wait, torch.ones(10, 2, dtype=FP64), index, keys, 0, 7, temperature)
+
+
 ODD = (2, 3, 5)
 CONFIGURATIONS = {
     "ddim": lambda: step(DDIM),
@@ -130,6 +149,18 @@ CONFIGURATIONS = {
     "hybrid_kl_clamp": lambda: bounded(FP32, kl=True, clamp=1.0),
     "hybrid_fixed": lambda: bounded(learned=False, kl=True),
     "hybrid_odd": lambda: bounded(FP32, shape=ODD),
+    "diffuse": lambda: drawn("diffuse"),
+    "diffuse_fp32": lambda: drawn("diffuse", FP32),
+    "diffuse_fp64": lambda: drawn("diffuse", FP64),
+    "diffuse_codes_first": lambda: drawn("diffuse", FP32, codes_first=True),
+    "diffuse_codes_first_fp64": lambda: drawn("diffuse", FP64, codes_first=True),
+    "diffuse_on_device": lambda: drawn("diffuse", key="each", on_device=True),
+    "diffuse_noise": lambda: drawn("diffuse", FP32, key=None),
+    "unmask": lambda: drawn("unmask"),
+    "unmask_fp64": lambda: drawn("unmask", FP64, key="each"),
+    "unmask_codes_first": lambda: drawn("unmask", codes_first=True),
+    "unmask_likeliest": lambda: drawn("unmask", FP32, temperature=0.0, on_device=True),
+    "unmask_noise": lambda: drawn("unmask", FP16, key=None),
 }
 
 

@@ -66,6 +66,7 @@ MODULE = "mmgen_kernels.schedule.triton_kernels"
 KERNELS = {
     "take_step": f"{MODULE}.scheduler_step",
     "add_up": f"{MODULE}.scheduler_step",
+    "draw_codes": f"{MODULE}.discrete",
     "noise_samples": f"{MODULE}.add_noise",
     **dict.fromkeys(("lose", "lose_samples", "average", "slope_of_loss"), f"{MODULE}.diffusion_loss"),
     **dict.fromkeys(("lose_terms", "lose_hybrid", "slope_of_terms"), f"{MODULE}.hybrid_loss"),
@@ -98,6 +99,7 @@ def count_launches():
     launched = []
     x, m, u = (randn(3, 4, 5, seed=i).float() for i in range(3))
     at, leaf, times = torch.tensor(3), x.clone().requires_grad_(), torch.arange(3)
+    codes, rows = torch.full((3, 4), 5), mk.transition_table(torch.linspace(0.9, 0.1, 7), 5)
 
     def step(*inputs, coefficients=TABLE, step=2, **named):
         return lambda: mk.scheduler_step(inputs, coefficients, step, **named)
@@ -118,6 +120,10 @@ def count_launches():
         (lambda: mk.diffusion_loss(x, m, reduction="none"), ["lose", "lose_samples"]),
         (lambda: mk.diffusion_loss(leaf, m).backward(), ["lose", "lose_samples", "average", "slope_of_loss"]),
         (lambda: mk.hybrid_loss(x, m[:, :2], u[:, :2], times, table=LOSSES), ["lose_terms", "lose_hybrid"]),
+        (lambda: mk.vq_diffusion_step(x, codes, rows, 1, noise=KEY), ["draw_codes"]),
+        (lambda: mk.unmask_step(x, codes, rows[:, :2], at, mask_id=5, noise=KEY), ["draw_codes"]),
+        (lambda: mk.unmask_step(x, codes, rows[:, :2], 0, mask_id=5, noise=(x.exp(), x[..., 0].exp())), ["draw_codes"]),
+        (lambda: mk.vq_diffusion_step(x[:, :0], codes[:, :0], rows, 1, noise=KEY), []),
         (
             lambda: mk.hybrid_loss(leaf, m[:, :2], u[:, :2], times, table=LOSSES).loss.sum().backward(),
             ["lose_terms", "lose_hybrid", "slope_of_terms"],
@@ -153,6 +159,11 @@ def looks_at_nothing():
         with torch.no_grad():
             assert mk.scheduler_step((x, x), table, at, threshold=(0.5, 2.0))[0].shape == x.shape
         assert mk.add_noise(x, keys, x[:, 0, 0], path="gvp", target="flow")[1].shape == x.shape
+        codes, of_step = torch.empty(3, 4, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+        drawn = mk.vq_diffusion_step(x, codes, torch.empty(7, 9, dtype=FP64), of_step, noise=keys, return_log_prob=True)
+        assert [(d.shape, d.dtype) for d in drawn] == [(codes.shape, torch.int64), (codes.shape, FP32)]
+        drawn = mk.unmask_step(x, codes, torch.empty(7, 2, dtype=FP64), of_step, mask_id=5, noise=keys)
+        assert [(d.shape, d.dtype) for d in drawn] == [(codes.shape, torch.int64)] * 2
         leaf, table = torch.empty(3, 4, 5, requires_grad=True), torch.empty(20, 7, dtype=FP64)
         loss = mk.hybrid_loss(leaf, x[:, :2], x[:, :2], keys[:, 0], table=table, clamp=1.0).loss.sum()
         mask = torch.empty(3, 1, 5, dtype=torch.bool)
@@ -167,7 +178,7 @@ def test_nothing_is_specialised_on_sizes():
 
     for name, module in KERNELS.items():
         kernel = getattr(sys.modules[module], name)
-        counts = r"size|pieces|samples|parts|length|step|steps|rank|entries|\w+_b"
+        counts = r"size|pieces|samples|parts|length|step|steps|rank|entries|\w+_b|positions|classes|known|mask_id|(by|e)_\w+"
         counted = {p.name for p in kernel.params if re.fullmatch(counts, p.name)}
         assert counted and {p.name for p in kernel.params if p.do_not_specialize} == counted, name
 

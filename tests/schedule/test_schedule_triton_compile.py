@@ -27,6 +27,11 @@ LAUNCHES = dict.fromkeys((*STEPS, "guidance"), ("take_step",)) | dict.fromkeys(N
 LOSSES = ("loss_mse", "loss_huber", "loss_smooth_l1", "loss_pseudo_huber", "loss_fp64", "loss_mask", "loss_mixed", "loss_odd")
 HYBRIDS = ("hybrid", "hybrid_fp32", "hybrid_fp64", "hybrid_mixed", "hybrid_kl", "hybrid_kl_clamp", "hybrid_fixed", "hybrid_odd")
 LAUNCHES |= dict.fromkeys(LOSSES, ("lose", "lose_samples", "average", "slope_of_loss"))
+DRAWS = (
+    "diffuse", "diffuse_fp32", "diffuse_fp64", "diffuse_codes_first", "diffuse_codes_first_fp64", "diffuse_on_device",
+    "diffuse_noise", "unmask", "unmask_fp64", "unmask_codes_first", "unmask_likeliest", "unmask_noise",
+)  # fmt: skip
+LAUNCHES |= dict.fromkeys(DRAWS, ("draw_codes",))
 LAUNCHES |= {"loss_fp32": ("lose", "lose_samples", "slope_of_loss")}
 LAUNCHES |= dict.fromkeys(HYBRIDS, ("lose_terms", "lose_hybrid", "slope_of_terms"))
 LAUNCHES |= dict.fromkeys(STATISTICS_FIRST, ("add_up", "take_step")) | {"threshold": ("take_step", "take_step")}
@@ -61,7 +66,8 @@ def assert_good_code(requests):
 def test_compiles_without_spills():
     """16 bytes a load, no spills; and noise brings no contraction, which would change its bits."""
     found = assert_good_code([["ancestral_key", 90], ["ancestral_noise", 90], ["on_device", 80], ["guidance_rescale", 100],
-                             ["loss_pseudo_huber", 80], ["hybrid", 90], ["hybrid_kl_clamp", 80]])
+                             ["loss_pseudo_huber", 80], ["hybrid", 90], ["hybrid_kl_clamp", 80],
+                             ["diffuse", 90], ["unmask_codes_first", 80]])
     from_key, from_tensor = (found[name, 90][0]["fp32_fused"] for name in ("ancestral_key", "ancestral_noise"))
     assert from_key == from_tensor > 0
 

@@ -300,8 +300,11 @@ OF_UNMASK = {
 
 
 def cases_of(operator: str, draws: dict[str, Draw]) -> list[Case]:
-    quick = {n: d.but(shape=(2, 24, 67)) for n, d in (("quick", PLAIN), ("quick_codes_first", PLAIN.but(codes_first=True)))}
-    quick["quick_noise"] = PLAIN.but(shape=(2, 24, 67), noise="tensor")
+    quick = {
+        "quick": PLAIN.but(shape=(2, 5, 67)),
+        "quick_codes_first": PLAIN.but(shape=(2, 24, 67), codes_first=True),  # whole tiles of positions and of classes
+        "quick_noise": PLAIN.but(shape=(2, 24, 67), codes_first=True, noise="tensor"),
+    }
     return [
         *[Case("schedule", operator, n, SAME, prepared(operator, d), True) for n, d in quick.items()],
         *[Case("schedule", operator, n, FEW, prepared(operator, d)) for n, d in draws.items()],

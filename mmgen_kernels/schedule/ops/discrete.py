@@ -219,6 +219,9 @@ def random_key(logits: Tensor, step: int | Tensor) -> Tensor:
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
+TRITON = "mmgen_kernels.schedule.triton_kernels"
+
+
 def vq_diffusion_step_fake(logits, x_t, noise, transitions, index, key, step, temperature, with_log_prob):
     wide = torch.float64 if torch.float64 in (logits.dtype, None if noise is None else noise.dtype) else torch.float32
     return x_t.new_empty(x_t.shape), logits.new_empty(x_t.shape if with_log_prob else 0, dtype=wide)
@@ -229,6 +232,7 @@ VQ_DIFFUSION_STEP = library.define(
     " float temperature, bool with_log_prob) -> (Tensor prev_sample, Tensor log_prob)",
     reference=reference.vq_diffusion_step,
     fake=vq_diffusion_step_fake,
+    launchers={"triton": f"{TRITON}:vq_diffusion_step"},
 )
 
 UNMASK_STEP = library.define(
@@ -236,4 +240,5 @@ UNMASK_STEP = library.define(
     " Tensor? key, SymInt step, SymInt mask_id, float temperature) -> (Tensor prev_sample, Tensor pred_original_sample)",
     reference=reference.unmask_step,
     fake=lambda logits, sample, *rest: (sample.new_empty(sample.shape), sample.new_empty(sample.shape)),
+    launchers={"triton": f"{TRITON}:unmask_step"},
 )

@@ -1,5 +1,6 @@
 """The family in plain PyTorch: the oracle of the tests, the fallback on any device, the baseline of the benchmarks."""
 
+from mmgen_kernels.schedule.reference.discrete import unmask_step, vq_diffusion_step
 from mmgen_kernels.schedule.reference.losses import (
     COLUMNS,
     diffusion_loss,
@@ -34,4 +35,6 @@ __all__ = [
     "hybrid_loss_backward",
     "scheduler_step",
     "scheduler_step_backward",
+    "unmask_step",
+    "vq_diffusion_step",
 ]

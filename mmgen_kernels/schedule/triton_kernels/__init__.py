@@ -3,6 +3,7 @@
 from mmgen_kernels.schedule.reference import add_noise_backward, guidance_backward, scheduler_step_backward
 from mmgen_kernels.schedule.triton_kernels.add_noise import add_noise
 from mmgen_kernels.schedule.triton_kernels.diffusion_loss import diffusion_loss, diffusion_loss_backward
+from mmgen_kernels.schedule.triton_kernels.discrete import unmask_step, vq_diffusion_step
 from mmgen_kernels.schedule.triton_kernels.hybrid_loss import hybrid_loss, hybrid_loss_backward
 from mmgen_kernels.schedule.triton_kernels.scheduler_step import guidance, scheduler_step
 
@@ -17,4 +18,6 @@ __all__ = [
     "hybrid_loss_backward",
     "scheduler_step",
     "scheduler_step_backward",
+    "unmask_step",
+    "vq_diffusion_step",
 ]
