@@ -130,7 +130,7 @@ def case(
         group=group,
         contestants=[
             Contestant("ours", lambda *given: of(diffusion_of("ours"))(*given), requires="mmgen_kernels"),
-            Contestant("patched", lambda *given: of(diffusion_of("patched"))(*given), requires="mmgen_kernels"),
+            Contestant("ours, patched", lambda *given: of(diffusion_of("patched"))(*given), requires="mmgen_kernels"),
             Contestant("eager", lambda *given: of(diffusion_of("script"))(*given)),
             Contestant("compile", lambda *given: of(diffusion_of("script"), compiled=True)(*given), compiles=True),
         ],
@@ -192,7 +192,7 @@ def training_case(device: torch.device) -> Case:
         name=f"step/DiT-S-2-{SAMPLES}",
         group="step",
         contestants=[
-            Contestant("patched", training(lambda model: script(True, model)), requires="mmgen_kernels"),
+            Contestant("ours", training(lambda model: script(True, model)), requires="mmgen_kernels"),
             Contestant("eager", training(lambda model: script(False, model))),
         ],
         inputs=inputs,
@@ -217,6 +217,6 @@ def cases(device: torch.device) -> list[Case]:
 
 def bars(results: dict[str, dict]) -> list[Bar]:
     """What the project promises of a script that is patched, on a CPU."""
-    found = [faster(results, f"losses/{shape}", "patched", "eager", 3.0) for shape in LATENTS]
-    found += [faster(results, f"p_sample/{shape}", "patched", "eager", 2.0) for shape in LATENTS]
-    return [*found, faster(results, f"step/DiT-S-2-{SAMPLES}", "patched", "eager", 1.15)]
+    found = [faster(results, f"losses/{shape}", "ours, patched", "eager", 3.0) for shape in LATENTS]
+    found += [faster(results, f"p_sample/{shape}", "ours, patched", "eager", 2.0) for shape in LATENTS]
+    return [*found, faster(results, f"step/DiT-S-2-{SAMPLES}", "ours", "eager", 1.15)]
