@@ -33,7 +33,11 @@ from mmgen_kernels.schedule.schedulers.classes_sigma import (
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
 )
-from mmgen_kernels.schedule.schedulers.classes_solvers import DEISMultistepScheduler, DPMSolverSinglestepScheduler
+from mmgen_kernels.schedule.schedulers.classes_solvers import (
+    DEISMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    SASolverScheduler,
+)
 from mmgen_kernels.schedule.schedulers.discrete import AmusedScheduler, VQDiffusionScheduler
 
 __all__ = [
@@ -61,6 +65,7 @@ __all__ = [
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "Plan",
+    "SASolverScheduler",
     "StepOutput",
     "TCDScheduler",
     "UniPCMultistepScheduler",

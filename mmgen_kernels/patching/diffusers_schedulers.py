@@ -39,6 +39,7 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "DEISMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "UniPCMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "CogVideoXDPMScheduler": ALPHAS,
+    "SASolverScheduler": {"add_noise": noising.by_alphas},
     "FlowMatchHeunDiscreteScheduler": {},
     "FlowMatchLCMScheduler": {},
     "PNDMScheduler": {"add_noise": noising.by_alphas},

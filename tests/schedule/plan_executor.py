@@ -57,8 +57,9 @@ def trajectory(plan, shape, channels, apply=step):
         if plan.channels is not None:
             output = output[:, : plan.channels]
         inputs = {"sample": sample, "model_output": output} | history
-        outputs = apply(plan, k, inputs, image(k, shape, speed=2.1), variance)
-        everything = inputs | outputs
+        noise = image(k, shape, speed=2.1)
+        outputs = apply(plan, k, inputs, noise, variance)
+        everything = inputs | outputs | {"noise": noise}
         history = {name: everything[source] for name, source in plan.feeds_of(k).items() if source in everything}
         sample = outputs["prev_sample"]
         steps.append(outputs)

@@ -226,6 +226,29 @@ def deis(rng):
     return config, late(rng, run, run["num_inference_steps"])
 
 
+def growing(timestep):
+    return timestep / 500
+
+
+def still(timestep):
+    return 0.0
+
+
+def sasolver(rng):
+    config = no_zero_snr(training(rng)) | spaced(rng) | thresholding(rng) | {"lower_order_final": rng.random() < 0.7}
+    config |= {"predictor_order": rng.randint(1, 4), "corrector_order": rng.randint(1, 4)}
+    config |= {"tau_func": rng.choice((None, None, growing, still))}
+    run = {"num_inference_steps": rng.choice((2, 3, 5, 8, 12, 16))}
+    config, run = of_process(rng, config, run)
+    if rng.random() < 0.3:
+        config |= {"algorithm_type": "noise_prediction", "thresholding": False}
+        if config["prediction_type"] == "flow_prediction":
+            config["prediction_type"] = "v_prediction"
+    if rng.random() < 0.2:
+        config["lambda_min_clipped"] = -3.0
+    return config, late(rng, run, run["num_inference_steps"])
+
+
 def singlestep(rng):
     config = no_zero_snr(training(rng)) | thresholding(rng) | {"lower_order_final": rng.random() < 0.5}
     config |= {"solver_order": rng.randint(1, 3), "final_sigmas_type": rng.choice(("zero", "sigma_min"))}
@@ -392,5 +415,6 @@ RANDOM = {
     "FlowMatchHeunDiscreteScheduler": flow_match_heun,
     "DEISMultistepScheduler": deis,
     "DPMSolverSinglestepScheduler": singlestep,
+    "SASolverScheduler": sasolver,
     "FlowMatchLCMScheduler": flow_match_lcm,
 }

@@ -175,6 +175,14 @@ CASES = {
         ({"shift": 0.5}, FIVE | {"s_churn": 2.0, "s_noise": 1.003, "s_tmax": 0.7}),
         (SHORT, {"num_inference_steps": 1}),
     ],
+    "SASolverScheduler": [
+        (SD, FIVE),
+        (SD | {"predictor_order": 3, "corrector_order": 4, "use_karras_sigmas": True}, {"num_inference_steps": 8}),
+        (SD | V | {"algorithm_type": "noise_prediction", "predictor_order": 3, "corrector_order": 1}, {"num_inference_steps": 7}),
+        (X0 | {"predictor_order": 1, "timestep_spacing": "trailing", "lower_order_final": False}, {"num_inference_steps": 6}),
+        (SD | {"thresholding": True, "sample_max_value": 1.5, "lambda_min_clipped": -3.0}, {"num_inference_steps": 7, "begin": 2}),
+        (FLOW | {"flow_shift": 3.0, "corrector_order": 3}, {"num_inference_steps": 7}),
+    ],
     "DEISMultistepScheduler": [
         (SD, FIVE),
         (SD | {"solver_order": 3, "use_karras_sigmas": True, "lower_order_final": False}, {"num_inference_steps": 7}),

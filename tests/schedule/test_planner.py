@@ -56,7 +56,7 @@ def assert_whole(plan):
     """What the operator that applies a plan relies on."""
     n, steps = len(plan.inputs), len(plan.timesteps)
     assert 1 <= len(plan.outputs) <= 3 and plan.outputs[0] == "prev_sample"
-    assert all(sum(any(line[j] != 0 for line in row) for j in range(n)) <= 6 for row in plan.rows)
+    assert all(sum(any(line[j] != 0 for line in row) for j in range(n)) <= 7 for row in plan.rows)
     assert [[len(line) for line in row] for row in plan.rows] == [[n + 2] * (1 + len(plan.outputs))] * steps
     assert all(row[0][n] == 0 for row in plan.rows)  # derived is no term of itself
     assert len(plan.draws_noise) == len(plan.scale_model_input) == steps
@@ -64,7 +64,7 @@ def assert_whole(plan):
         assert drawn or all(line[n + 1] == 0 for line in row)
     for k in range(steps):
         assert set(plan.feeds_of(k)) == set(plan.inputs) - {"sample", "model_output"}
-        assert set(plan.feeds_of(k).values()) <= {*plan.inputs, *plan.outputs}
+        assert set(plan.feeds_of(k).values()) <= {*plan.inputs, *plan.outputs, "noise"}
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=name)
@@ -91,7 +91,7 @@ def test_defaults_are_filled_in_and_the_unknown_is_dropped(class_name):
 FIVE = {"num_inference_steps": 5}
 TRAILING = {"timestep_spacing": "trailing"}
 DPM, UNIPC, FLOW = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
-DEIS, SINGLE = "DEISMultistepScheduler", "DPMSolverSinglestepScheduler"
+DEIS, SINGLE, SA = "DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"
 REFUSED = [
     ("IPNDMScheduler", {}, FIVE, "class_name"),
     ("DDIMScheduler", {}, {}, "num_inference_steps"),
@@ -181,6 +181,12 @@ REFUSED = [
     (DEIS, {"algorithm_type": "unipc"}, FIVE, "algorithm_type"),
     (DEIS, {"solver_type": "ralston"}, FIVE, "solver_type"),
     (DEIS, {"prediction_type": "x0"}, FIVE, "prediction_type"),
+    (SA, {}, {}, "num_inference_steps"),
+    (SA, {"predictor_order": 5}, FIVE, "predictor_order"),
+    (SA, {"corrector_order": 0}, FIVE, "corrector_order"),
+    (SA, {"algorithm_type": "dpmsolver"}, FIVE, "algorithm_type"),
+    (SA, {"algorithm_type": "noise_prediction", "thresholding": True}, FIVE, "thresholding"),
+    (SA, {"algorithm_type": "noise_prediction", "prediction_type": "flow_prediction"}, FIVE, "prediction_type"),
     ("TCDScheduler", {}, FIVE | {"eta": 1.5}, "eta"),
     ("TCDScheduler", {}, {"num_inference_steps": 51}, "num_inference_steps"),
     ("CogVideoXDDIMScheduler", {}, {}, "num_inference_steps"),

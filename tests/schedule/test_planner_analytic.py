@@ -5,6 +5,7 @@ import math
 import plan_executor
 import pytest
 import torch
+from random_cases import still
 
 from mmgen_kernels.schedule import planner
 
@@ -20,6 +21,7 @@ SPACE = {
     "LMSDiscreteScheduler": EDM,
     "PNDMScheduler": VP,
     "DEISMultistepScheduler": VP,
+    "SASolverScheduler": VP,
     "DPMSolverSinglestepScheduler": VP,
     "HeunDiscreteScheduler": EDM,
     "EulerDiscreteScheduler": EDM,
@@ -99,6 +101,11 @@ DETERMINISTIC = [
         for kind in VPS
     ),
     ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_type": "heun"}),
+    *(
+        ("SASolverScheduler", {"prediction_type": kind, "tau_func": still, "predictor_order": 1 + j, "corrector_order": 3 - j})
+        for j, kind in enumerate(VPS)
+    ),
+    ("SASolverScheduler", {"tau_func": still, "algorithm_type": "noise_prediction", "predictor_order": 4, "corrector_order": 4}),
     *(("DEISMultistepScheduler", {"prediction_type": kind, "solver_order": 1 + j}) for j, kind in enumerate(VPS)),
     ("DEISMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 3}),
     *(("DPMSolverSinglestepScheduler", {"prediction_type": kind, "solver_order": 1 + j}) for j, kind in enumerate(VPS)),

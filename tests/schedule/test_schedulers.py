@@ -26,6 +26,7 @@ NOISY = (
     "LCMScheduler",
     "TCDScheduler",
     "CogVideoXDPMScheduler",
+    "SASolverScheduler",
     "FlowMatchLCMScheduler",
     "CMStochasticIterativeScheduler",
     "KDPM2AncestralDiscreteScheduler",

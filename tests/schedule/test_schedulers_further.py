@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from plan_executor import image
-from test_schedulers import made, sampled
+from test_schedulers import Watch, made, sampled
 
 from mmgen_kernels.battery.vq.vector_quantize import same_bits
 
@@ -181,3 +181,48 @@ def test_entering_a_group_in_its_middle():
     scheduler._step_index = 4
     with pytest.raises(ValueError, match="history must hold x1"):
         scheduler.step(x, scheduler.timesteps[4], x)
+
+
+# -- SA-Solver ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", ("torch", "philox"))
+@pytest.mark.parametrize(("orders", "launches"), [((2, 2), 1), ((3, 3), 2), ((4, 4), 3)])
+def test_a_stochastic_run_goes_on_in_a_copy(noise, orders, launches):
+    """Predictor, corrector and the noise between them; inputs that the operator does not take at once are more passes."""
+    config = {"predictor_order": orders[0], "corrector_order": orders[1], "tau_func": half}
+    scheduler = type(made("SASolverScheduler")).from_config(config, noise=noise)
+    expected = sampled(scheduler, steps=9, generator=torch.Generator().manual_seed(2))
+    scheduler.set_timesteps(9)
+    generator, x = torch.Generator().manual_seed(2), image(99, (2, 3, 4, 5)).float()
+    for k, t in enumerate(scheduler.timesteps):
+        if k == 5 and noise == "torch":  # a copy draws a key of its own
+            scheduler = pickle.loads(pickle.dumps(copy.deepcopy(scheduler)))
+        if k == 6:
+            with Watch(x.numel()) as watch:
+                scheduler.step(x, t, x, generator=torch.Generator().manual_seed(3))
+            assert watch.launches == launches + 1  # the noise, of either kind
+            break
+        x = scheduler.step(torch.tanh(x), t, x, generator=generator).prev_sample
+        assert same_bits(x, expected[k])
+    assert scheduler.this_predictor_order, scheduler.this_corrector_order == orders
+
+
+def half(timestep):
+    return 0.5
+
+
+def test_taus_are_those_of_the_schedules_timesteps():
+    """A function in the attribute's place is heard; a timestep that is not the step's is refused where its tau is another one."""
+    scheduler, still = made("SASolverScheduler"), made("SASolverScheduler")
+    still.tau_func = lambda timestep: 0
+    x = image(1, SHAPE).float()
+    found = []
+    for each in (scheduler, still):
+        each.set_timesteps(6)
+        each.set_begin_index(2)
+        found.append(each.step(torch.tanh(x), each.timesteps[2], x, generator=torch.Generator().manual_seed(3)).prev_sample)
+    assert not torch.allclose(found[0], found[1])
+    assert scheduler.step(x, 444, x).prev_sample.isfinite().all()
+    with pytest.raises(ValueError, match="timestep must have the tau of step 4, whose is 333, got 5"):
+        scheduler.step(x, 5, x)

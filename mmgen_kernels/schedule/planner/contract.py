@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class Run:
         begin: index of the first step that runs (image to image). A solver with history starts there without history.
         eta, use_clipped_model_output: DDIM's; eta: TCD's too, where diffusers' default is 0.3.
         s_churn, s_tmin, s_tmax, s_noise: EulerDiscreteScheduler's. FlowMatchEulerDiscreteScheduler takes them and reads none.
+        tau_func: SASolver's, of a timestep how much noise, in place of the config's.
         original_inference_steps, strength: LCM's and TCD's.
         per_token_timesteps: FlowMatchEulerDiscreteScheduler's; one level per token is no row of a table, so any raises.
         num_train_timesteps: of Heun and the two KDPM2: in place of the config's for the spacing alone.
@@ -46,6 +47,7 @@ class Run:
     s_tmin: float = 0.0
     s_tmax: float = math.inf
     s_noise: float = 1.0
+    tau_func: Callable[[int], float] | None = None
     original_inference_steps: int | None = None
     strength: float = 1.0
     per_token_timesteps: Any = None
@@ -90,8 +92,9 @@ class Plan:
     A term whose coefficient is 0 is left out, never multiplied: history that does not exist yet may be anything.
 
     Args:
-        inputs: names of the inputs, of which a row uses at most 6. "sample", "model_output", "last_sample", and "m1", "m2", ...:
-            converted model outputs of one, two, ... steps ago, "x1", "x2", ...: samples, "derivative": a slope of the step before.
+        inputs: names of the inputs, of which a row uses at most 7. "sample", "model_output", "last_sample", "last_noise", and "m1",
+            "m2", ...: converted model outputs of one, two, ... steps ago, "x1", "x2", ...: samples, "derivative": a slope of the
+            step before.
         outputs: names of the outputs, at most 3. "prev_sample" is the first; "pred_original_sample", "denoised" are returned beside
             it; "m0" (this step's converted model output) and "corrected" (the sample after the corrector) are history to keep.
         rows: (steps, 1 + len(outputs), len(inputs) + 2). rows[k] is step `begin` + k.
@@ -99,7 +102,8 @@ class Plan:
         begin: index of the first step in `schedule.timesteps`.
         draws_noise: per row, whether the stock scheduler draws noise there. It may draw where the coefficient is 0.
         scale_model_input: per row, what the sample is multiplied by before the model sees it.
-        feeds: where the next step's history comes from: input name -> name of this step's output or input; or of each row its own.
+        feeds: where the next step's history comes from: input name -> name of this step's output or input, or
+            "noise"; or of each row its own.
         clamp: (low, high) for derived, or None.
         threshold: (ratio, max) for derived, or None: per sample s = min(max(1, quantile(|derived|, ratio)), max),
             derived = clamp(derived, -s, s) / s.

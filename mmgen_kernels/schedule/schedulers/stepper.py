@@ -163,7 +163,7 @@ class Stepper:
         """Row k of the table on tensors by name: the outputs by name, as many of them as `dtypes` has."""
         plan, (names, compared, coefficients) = table.plan, table.calls[k]
         if len(names) > INPUTS:
-            return self.in_two(table, k, named, dtypes)
+            return self.in_two(table, k, named, dtypes, noise)
         made = plan.outputs
         if len(dtypes) < len(made):
             made = made[: len(dtypes)]
@@ -191,22 +191,32 @@ class Stepper:
             return tuple(self.run(table, k, named, made, noise).values())
         return planned_pair(sample, prediction, coefficients, k, dtypes)
 
-    def in_two(self, table: Table, k: int, named: Mapping[str, Tensor | None], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    def in_two(
+        self,
+        table: Table,
+        k: int,
+        named: Mapping[str, Tensor | None],
+        dtypes: dict[str, torch.dtype],
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """More inputs than the operator takes: first the derived value, of sample and model output, then all that comes of it."""
         plan, row = table.plan, table.rows[k]
-        first, rest = (0, 1), tuple(range(2, len(plan.inputs)))
-        if bool((row[1:, list(first)] != 0).any()) or bool((row[0, list(rest)] != 0).any()):
-            raise Unplanned(f"a step must have at most {INPUTS} inputs, got {len(plan.inputs)}")
+        first, rest = (0, 1), [plan.inputs.index(name) for name in table.used[k] if name not in PAIR]
+        if bool((row[1:, list(first)] != 0).any()) or bool((row[0, rest] != 0).any()):
+            raise Unplanned(f"a step must have at most {INPUTS} inputs, got {', '.join(table.used[k])}")
         n = len(plan.inputs)
         derive = torch.zeros(1, 2, 4, dtype=torch.float64)
         derive[0, 0, :2], derive[0, 1, 2] = row[0, :2], 1
         pair = [named[plan.inputs[j]] for j in first]
         (m0,) = scheduler_step(pair, derive, 0, clamp=table.clamp, threshold=plan.threshold, dtypes=[dtypes["m0"]])  # type: ignore[arg-type]
         left = [i for i, name in enumerate(plan.outputs) if name != "m0"]
-        then = torch.zeros(1, 1 + len(left), len(rest) + 3, dtype=torch.float64)
-        then[0, 1:, :-2] = row[[1 + i for i in left]][:, [*rest, n]]
-        inputs = [*(named[plan.inputs[j]] for j in rest), m0]
-        outputs = scheduler_step(inputs, then, 0, dtypes=[dtypes[plan.outputs[i]] for i in left])  # type: ignore[arg-type]
+        inputs: list[Tensor] = [*(named[plan.inputs[j]] for j in rest), m0]  # type: ignore[list-item]
+        columns = row[[1 + i for i in left]][:, [*rest, n]]
+        if len(inputs) > INPUTS:
+            inputs, columns = with_two_as_one(inputs, columns)
+        then = torch.zeros(1, 1 + len(left), len(inputs) + 2, dtype=torch.float64)
+        then[0, 1:, : len(inputs)], then[0, 1:, -1] = columns, row[[1 + i for i in left], n + 1]
+        outputs = scheduler_step(inputs, then, 0, noise=noise, dtypes=[dtypes[plan.outputs[i]] for i in left])
         return {"m0": m0, **{plan.outputs[i]: o for i, o in zip(left, outputs, strict=True)}}
 
     def draw(self, table: Table, like: Tensor, generator: Generators, dtype: torch.dtype) -> Tensor:
@@ -216,6 +226,18 @@ class Stepper:
         if self.key is None or self.key.device != like.device:
             self.key = key_from(generator, like.device)
         return self.key if table.alone is None else fold_in(self.key, table.alone)
+
+
+def with_two_as_one(inputs: list[Tensor], columns: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The first two inputs in one, by a pass of their own: all results have them in one ratio, as a sample and its noise."""
+    pair = columns[-1, :2]
+    share = columns[:, :1] / pair[0]
+    if not torch.allclose(columns[:, :2], share * pair, rtol=1e-12) or len(inputs) - 1 > INPUTS:
+        raise Unplanned(f"a step must have at most {INPUTS} inputs beside sample and model_output, got {len(inputs) - 1}")
+    row = torch.zeros(1, 2, 4, dtype=torch.float64)
+    row[0, 1, :2] = pair
+    (one,) = scheduler_step(inputs[:2], row, 0, dtypes=[torch.promote_types(torch.float32, inputs[0].dtype)])
+    return [one, *inputs[2:]], torch.cat((share, columns[:, 2:]), 1)
 
 
 def version_of(level: Any) -> int | None:

@@ -25,12 +25,13 @@ from mmgen_kernels.schedule.schedulers.steps_shared import (
     multistep,
     refuse_indices,
     remember,
+    require_timestep_of,
     require_timesteps,
     step_index,
     with_history,
 )
 from mmgen_kernels.schedule.schedulers.steps_sigma import consistency_model, edm_euler, heun, kdpm2, kdpm2_ancestral, lms
-from mmgen_kernels.schedule.schedulers.steps_solvers import deis, singlestep
+from mmgen_kernels.schedule.schedulers.steps_solvers import deis, sasolver, singlestep
 
 
 def ddpm(
@@ -91,8 +92,7 @@ def consistency(
     check_tensors(model_output, sample)
     require_timesteps(s)
     k = step_index(s, timestep)
-    if stepper.place(s, timestep) != k:
-        raise Unplanned(f"timestep must be that of step {k}, got {timestep}")
+    require_timestep_of(stepper, s, k, timestep)
     table = stepper.table(s, **run)
     prediction, _ = of_channels(table.plan, model_output, sample)
     dtype = torch.promote_types(sample.dtype, prediction.dtype)
@@ -214,6 +214,7 @@ STEPS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
     "DEISMultistepScheduler": (deis, ("prev_sample",)),
     "DPMSolverSinglestepScheduler": (singlestep, ("prev_sample",)),
     "CogVideoXDPMScheduler": (cogvideox_dpm, ("prev_sample", "pred_original_sample")),
+    "SASolverScheduler": (sasolver, ("prev_sample",)),
     "FlowMatchHeunDiscreteScheduler": (flow_match_heun, ("prev_sample",)),
     "FlowMatchLCMScheduler": (flow_match_lcm, ("prev_sample",)),
     "LCMScheduler": (lcm, ("prev_sample", "denoised")),

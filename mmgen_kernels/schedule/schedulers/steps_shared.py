@@ -41,6 +41,13 @@ def step_index(s: Any, timestep: Any) -> int:
     return k
 
 
+def require_timestep_of(stepper: Stepper, s: Any, k: int, timestep: Any) -> None:
+    """Of a class whose step k has coefficients by its timestep; the same one may stand at several places."""
+    place, times = stepper.place(s, timestep), stepper.table(s).plan.schedule.timesteps
+    if place != k and not (0 <= place < len(times) and times[place] == times[k]):
+        raise Unplanned(f"timestep must be that of step {k}, got {timestep}")
+
+
 def refuse_indices(s: Any, timestep: Any) -> None:
     if isinstance(timestep, int) or (isinstance(timestep, Tensor) and timestep.dtype in (torch.int32, torch.int64)):
         raise ValueError(f"timestep must be one of scheduler.timesteps, not an index, got {timestep!r}")
