@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     for name in ("patch-size", "hidden-size", "depth", "num-heads"):
         train_dit.add_argument(f"--{name}", type=int, metavar="N")
     train_dit.add_argument("--target", choices=list(TARGETS), help="what the model predicts; default: flow")
+    train_dit.add_argument("--learn-sigma", action=argparse.BooleanOptionalAction, help="with DDPM's targets: the variance, too")
     train_dit.add_argument("--times", choices=TIMES, help="how training times are spread")
     train_dit.add_argument("--ema-decay", type=float, metavar="X")
     add_training(train_dit, out="runs/train-dit")

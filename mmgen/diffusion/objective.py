@@ -80,7 +80,9 @@ class Objective:
         self.config = config
         self.table: Tensor | None = None  # alphas_cumprod, (S,)
         if config.target != "flow":
-            self.table = mk.schedulers.DDPMScheduler(**config.betas).alphas_cumprod.to(device, torch.float64)  # type: ignore[union-attr]
+            a = mk.schedulers.DDPMScheduler(**config.betas).alphas_cumprod.double()  # type: ignore[union-attr]
+            betas = 1 - a / torch.cat((a.new_ones(1), a[:-1]))
+            self.table, self.bound = a.to(device), mk.hybrid_table(betas, prediction=config.target).to(device)
 
     def times(self, batch_size: int, key: Tensor) -> Tensor:
         """(B,): numbers between 0 and 1 of a flow, else indices into the table."""
@@ -97,6 +99,11 @@ class Objective:
         return x_t, target, t * self.config.num_train_timesteps if self.table is None else t
 
     def loss(self, model: Model, x0: Tensor, labels: Tensor, key: Tensor) -> Tensor:
-        """Mean square of ``model(x_t, t, labels) - target``, (); of the mean where it learns its variance too."""
+        """Mean square of ``model(x_t, t, labels) - target``, (). Where a model of DDPM's targets has twice the channels, the bound
+        of the variance that the second half says is added (Nichol and Dhariwal 2021); of a flow the first half is trained."""
         x_t, target, timesteps = self.noised(x0, key)
-        return F.mse_loss(model(x_t, timesteps, labels)[:, : x0.shape[1]], target)
+        output = model(x_t, timesteps, labels)  # (B, C or 2 C, ...)
+        if self.table is None or output.shape[1] == x0.shape[1]:
+            return F.mse_loss(output[:, : x0.shape[1]], target)
+        noise = target if self.config.target == "epsilon" else mk.philox_normal(x0.shape, mk.fold_in(key, NOISE))
+        return mk.hybrid_loss(output, x0, noise, timesteps, table=self.bound).loss.mean()

@@ -65,6 +65,27 @@ def test_ddpm_noises_by_its_betas(target):
     torch.testing.assert_close(wanted.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["epsilon", "sample"])
+def test_a_learned_variance_is_trained_by_its_bound(target):
+    """As GaussianDiffusion has it, with the same times and noise; of a flow the second half of channels has no part."""
+
+    def model(x, t, y=None):
+        m = x * 0.9 if target == "sample" else torch.tanh(x)
+        return torch.cat((m, torch.sin(2 * x)), 1)
+
+    objective, x0 = Objective(ObjectiveConfig(target=target, times="uniform"), CPU), pictures()
+    a = alphas_cumprod()
+    betas = 1 - a / torch.cat((a.new_ones(1), a[:-1]))
+    kinds = {"model_mean_type": {"epsilon": "epsilon", "sample": "start_x"}[target], "model_var_type": "learned_range"}
+    t, z = objective.noised(x0, KEY)[2], mk.philox_normal(x0.shape, mk.fold_in(KEY, 0))
+    expected = mk.GaussianDiffusion(betas=betas, loss_type="mse", **kinds).training_losses(model, x0, t, noise=z)
+    torch.testing.assert_close(objective.loss(model, x0, LABELS, KEY), expected["loss"].mean(), rtol=1e-4, atol=1e-5)
+    assert expected["vb"].mean() > 0
+    flow = Objective(ObjectiveConfig(), CPU)
+    halves = [flow.loss(lambda x, t, y, f=f: f(model(x, t)), x0, LABELS, KEY) for f in (lambda o: o, lambda o: o[:, :2])]
+    assert torch.equal(*halves)
+
+
 def test_times_are_spread_as_the_configuration_says():
     def times(**options):
         return Objective(ObjectiveConfig(**options), CPU).times(20000, KEY)
