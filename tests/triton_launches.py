@@ -7,7 +7,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
+            torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
 
 
 def number(value):

@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> run(const Problem<Real>& p, const Optional& weight, b
     sums[static_cast<size_t>(sample * pieces + piece)] = loop(p.difference(sample), output, target, valid, count);
   });
   const ScalarType dtype = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
-  Tensor means = empty(p.output.tensor, {B}, dtype);
+  Tensor means = empty(p.output.tensor, {B}, ScalarType::Double);  // whole: the gradient of the weight is rounded once
   Tensor losses = empty(p.output.tensor, mean ? std::vector<int64_t>{} : std::vector<int64_t>{B}, dtype);
   double of_batch = 0;
   for (int64_t b = 0; b < B; ++b) {

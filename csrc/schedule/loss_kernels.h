@@ -20,16 +20,39 @@ inline __attribute__((always_inline)) void each_of(int64_t count, const F& f) {
   if (i < count) f(simd::Part<Lanes>{count - i}, i);
 }
 
-template <class Lanes>
-typename Lanes::Vec magnitude(typename Lanes::Vec v) {
-  return v < 0 ? -v : v;
+// The sums in fp64 of what f(place, i, first, second) adds to two vectors, which take in four elements a lane before that.
+template <class Lanes, class F>
+inline __attribute__((always_inline)) LossSums sums_of(int64_t count, const F& f) {
+  using Vec = typename Lanes::Vec;
+  constexpr int64_t step = 4 * Lanes::width;
+  typename Lanes::HalfWide total[2] = {};
+  int64_t i = 0;
+  const auto add = [&](Vec first, Vec second) { total[0] += Lanes::halved(first), total[1] += Lanes::halved(second); };
+  for (; i + step <= count; i += step) {
+    Vec first{}, second{};
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < step; v += Lanes::width) f(simd::Whole<Lanes>{}, i + v, first, second);
+    add(first, second);
+  }
+  for (; i < count; i += Lanes::width) {
+    Vec first{}, second{};
+    if (i + Lanes::width <= count) {
+      f(simd::Whole<Lanes>{}, i, first, second);
+    } else {
+      const simd::Part<Lanes> place{count - i};
+      f(place, i, first, second);
+      first = place.only(first), second = place.only(second);
+    }
+    add(first, second);
+  }
+  LossSums found;
+  for (int l = 0; l < Lanes::width / 2; ++l) found.squares += total[0][l], found.terms += total[1][l];
+  return found;
 }
 
 template <class Lanes>
-double total(typename Lanes::HalfWide sum) {
-  double found = 0;
-  for (int i = 0; i < Lanes::width / 2; ++i) found += sum[i];
-  return found;
+typename Lanes::Vec magnitude(typename Lanes::Vec v) {
+  return v < 0 ? -v : v;
 }
 
 // -- diffusion_loss ---------------------------------------------------------------------------------------------------
@@ -58,8 +81,7 @@ double losses(const Difference<typename Lanes::Real>& given, const void* output,
               int64_t count) {
   using Vec = typename Lanes::Vec;
   const Vec delta = Lanes::broadcast(given.delta);
-  typename Lanes::HalfWide sum{};
-  each_of<Lanes>(count, [&](const auto& place, int64_t i) {
+  const auto add = [&](const auto& place, int64_t i, Vec& sum, Vec&) __attribute__((always_inline)) {
     const Vec d = load<Lanes>(place, static_cast<const T*>(output) + i) - load<Lanes>(place, static_cast<const T*>(target) + i);
     Vec rho;
     if constexpr (LOSS == Loss::mse) {
@@ -73,9 +95,9 @@ double losses(const Difference<typename Lanes::Real>& given, const void* output,
         rho = (LOSS == Loss::huber ? near : near / delta) * (size - near / 2);
       }
     }
-    sum += Lanes::halved(place.only(valid_only<Lanes>(place, valid, i, rho)));
-  });
-  return total<Lanes>(sum);
+    sum += valid_only<Lanes>(place, valid, i, rho);
+  };
+  return sums_of<Lanes>(count, add).squares;
 }
 
 template <class Lanes, class T, Loss LOSS>
@@ -199,20 +221,19 @@ template <class Lanes, class T, bool DECODES>
 LossSums terms(const Term<typename Lanes::Real>& given, const HybridRows& rows, int64_t count) {
   using Vec = typename Lanes::Vec;
   const auto term = given;
-  typename Lanes::HalfWide squares{}, sum{};
-  each_of<Lanes>(count, [&](const auto& place, int64_t i) __attribute__((always_inline)) {
+  const auto add = [&](const auto& place, int64_t i, Vec& squares, Vec& sum) __attribute__((always_inline)) {
     const Element<Lanes> e = element_at<Lanes, T>(place, term, rows, i);
-    Vec found;
+    squares = Lanes::fmadd(e.difference, e.difference, squares);
     if constexpr (DECODES) {
-      found = Decoder<Lanes>(term, e).negative_log();
+      sum += Decoder<Lanes>(term, e).negative_log();
     } else {
       const Divergence<Lanes> d(term, e);
-      found = (d.less_one + d.gap + d.squares) * typename Lanes::Real(0.5);
+      sum += d.less_one + d.gap + d.squares;
     }
-    squares += Lanes::halved(place.only(e.difference * e.difference));
-    sum += Lanes::halved(place.only(found));
-  });
-  return {total<Lanes>(squares), total<Lanes>(sum)};
+  };
+  LossSums found = sums_of<Lanes>(count, add);
+  if (!DECODES) found.terms /= 2;
+  return found;
 }
 
 template <class Lanes, class T, bool DECODES>
@@ -221,6 +242,7 @@ void term_gradients(const Term<typename Lanes::Real>& given, const HybridRows& r
   using Real = typename Lanes::Real;
   const auto term = given;
   const Vec by_square = Lanes::broadcast(-2 * term.by_square), by_term = Lanes::broadcast(term.by_term);
+  const Vec by_v = Lanes::broadcast((DECODES ? 1 : Real(-0.5)) * term.by_term * term.slope);
   each_of<Lanes>(count, [&](const auto& place, int64_t i) __attribute__((always_inline)) {
     const Element<Lanes> e = element_at<Lanes, T>(place, term, rows, i);
     Vec of_prediction = by_square * e.difference, of_v{};
@@ -230,10 +252,10 @@ void term_gradients(const Term<typename Lanes::Real>& given, const HybridRows& r
         Decoder<Lanes>(term, e).slopes(by_mean, by_log_variance);
       } else {
         const Divergence<Lanes> d(term, e);
-        by_log_variance = (d.less_one + d.squares) * Real(-0.5);
+        by_log_variance = d.less_one + d.squares;  // of which by_v takes half
         by_mean = e.apart * d.ratio * Lanes::broadcast(term.precision);
       }
-      of_v = by_term * Lanes::broadcast(term.slope) * by_log_variance;
+      of_v = by_v * by_log_variance;
       if (term.moves_mean) of_prediction -= by_term * e.moving * by_mean;
     }
     store<Lanes>(place, static_cast<T*>(rows.grad_prediction) + i, of_prediction);

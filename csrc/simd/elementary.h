@@ -1,8 +1,6 @@
 // Logarithms, and exponentials with what they are less one, of vectors.
 #pragma once
 
-#include <limits>
-
 #include "simd/vectors.h"
 
 namespace mmgen_kernels::simd {
@@ -22,7 +20,7 @@ typename Lanes::Vec square_root(typename Lanes::Vec v) {
   return each_lane<Lanes>(v, [](auto x) { return std::sqrt(x); });  // GCC makes one instruction of it
 }
 
-// e^x within 1 ulp, and e^x - 1 within 2 ulp, small x included. From 88.37 on both are infinite, below -87.33 they are 0 and -1.
+// e^x within 1 ulp, and e^x - 1 within 2 ulp, small x included. From 88.37 on both are infinite; below -87.33 e^x stays 2^-126.
 template <class Lanes>
 struct Exponential {
   using Vec = typename Lanes::Vec;
@@ -33,9 +31,11 @@ struct Exponential {
       value = each_lane<Lanes>(x, [](double v) { return std::exp(v); });
       less_one = each_lane<Lanes>(x, [](double v) { return std::expm1(v); });
     } else {  // as exponentials() has it: e^x = 2^n (1 + rest)
-      constexpr float to_integer = 0x1.8p23f, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f, highest = 88.37f;
+      constexpr float to_integer = 0x1.8p23f, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f, lowest = -87.33654f;
       const auto all = [](float v) { return Lanes::broadcast(v); };
-      const Vec limited = x > highest ? all(highest) : x, shifted = Lanes::fmadd(limited, all(0x1.715476p0f), all(to_integer));
+      const Vec bounded = x > 88.37f ? all(89) : x;  // whose 2^n is infinite, and whose rest is above 0
+      const Vec limited = lowest > bounded ? all(lowest) : bounded;
+      const Vec shifted = Lanes::fmadd(limited, all(0x1.715476p0f), all(to_integer));
       const Vec n = shifted - to_integer, r = Lanes::fmadd(n, all(-ln2_low), Lanes::fmadd(n, all(-ln2_high), limited));
       Vec rest = all(rest_of_exponential[0]), power;
 #pragma GCC unroll 4
@@ -47,9 +47,6 @@ struct Exponential {
       std::memcpy(&power, &exponent, sizeof power);
       value = (rest + 1.0f) * power;
       less_one = Lanes::fmadd(power, rest, power - 1.0f);
-      const Vec infinite = all(std::numeric_limits<float>::infinity());
-      value = x > highest ? infinite : x < -87.33654f ? Vec{} : value;
-      less_one = x > highest ? infinite : x < -87.33654f ? all(-1.0f) : less_one;
     }
   }
 };

@@ -156,7 +156,7 @@ def accumulated(*tensors: Tensor) -> torch.dtype:
 
 def diffusion_loss_fake(output, target, weight, mask, deltas, kind, delta, mean):
     dtype, B = accumulated(output, target), output.shape[0]
-    return output.new_empty(() if mean else (B,), dtype=dtype), output.new_empty((B,), dtype=dtype)
+    return output.new_empty(() if mean else (B,), dtype=dtype), output.new_empty((B,), dtype=torch.float64)
 
 
 def diffusion_loss_backward_fake(

@@ -46,7 +46,7 @@ def diffusion_loss(
         each = (near / bound if kind == "smooth_l1" else near) * (magnitude - near / 2)
     means = sums(each) / valid
     losses = means.clone() if weight is None else weight.double() * means
-    return (losses.mean() if mean else losses).to(difference.dtype), means.to(difference.dtype)
+    return (losses.mean() if mean else losses).to(difference.dtype), means  # whole: the gradient of the weight is rounded once
 
 
 def diffusion_loss_backward(

@@ -52,8 +52,8 @@ def difference_of(
     valid = inside
     if mask is not None:
         valid = inside & (tl.load(mask + sample * multiple_of_8(mask_b, ALIGNED) + i, mask=inside, other=0) != 0)
-    a = load(output, sample, output_b, i, valid, ALIGNED, WIDE)
-    return a - load(target, sample, target_b, i, valid, ALIGNED, WIDE), valid
+    a = load(output, sample, output_b, i, inside, ALIGNED, WIDE)  # all of them, as `valid` would take every load apart
+    return a - load(target, sample, target_b, i, inside, ALIGNED, WIDE), valid
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -83,7 +83,7 @@ def lose(
 def lose_samples(partials, counts, weight, losses, means, size, pieces, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     mean = divide(add_up(partials, sample, pieces, BLOCK), elements(counts, sample, size))
-    tl.store(means + sample, narrow(mean, means))
+    tl.store(means + sample, mean)
     if weight is not None:
         mean *= tl.load(weight + sample).to(tl.float64)
     tl.store(losses + sample, mean)
@@ -158,8 +158,7 @@ def diffusion_loss(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     B, dtype = output.shape[0], accumulated(output, target)
-    means = output.new_empty(B, dtype=dtype)
-    losses = output.new_empty(B, dtype=torch.float64)
+    losses, means = (output.new_empty(B, dtype=torch.float64) for _ in range(2))
     samples, counts = prepared(output, target, mask)
     size = output.numel() // max(B, 1)
     pieces = pieces_of(size, BLOCK)

@@ -12,7 +12,6 @@ from torch import Tensor
 from mmgen_kernels.schedule import reference
 from mmgen_kernels.schedule.reference import losses as formulas
 from mmgen_kernels.schedule.triton_kernels.pieces import (
-    BLOCK,
     OPTIONS,
     Samples,
     load,
@@ -207,12 +206,14 @@ def slope_of_terms(
 def prepared(output: Tensor, x0: Tensor, noise: Tensor, clamp: float | None) -> tuple[list, dict]:
     """What both kernels are given first, and last."""
     samples = Samples(x0, (output, x0, noise), True)
+    # 16 bytes a thread of the widest tensor: with twice as much the backward's registers spill in fp64
+    block = 2048 // max(t.element_size() for t in (output, x0, noise))
     flags = {
         "LEARNED": output.shape[1] == 2 * x0.shape[1],
         "CLAMPS": clamp is not None,
         "ALIGNED": samples.aligned,
         "WIDE": accumulated(output, x0, noise) == torch.float64,
-        "BLOCK": BLOCK,
+        "BLOCK": block,
     }
     return samples.arguments(), flags
 
@@ -225,9 +226,9 @@ def hybrid_loss(
     if B == 0:
         return losses, mses, vbs
     size = x0.numel() // B
-    pieces = pieces_of(size, BLOCK)
-    squares, terms = (output.new_empty(B * pieces, dtype=torch.float64) for _ in range(2))
     arguments, flags = prepared(output, x0, noise, clamp)
+    pieces = pieces_of(size, flags["BLOCK"])
+    squares, terms = (output.new_empty(B * pieces, dtype=torch.float64) for _ in range(2))
     numbers = numbers_of((vb_weight, clamp or 0.0), 3)
     with on(output):
         lose_terms[(B * pieces,)](
@@ -255,8 +256,8 @@ def hybrid_loss_backward(
         return grad_output
     B = output.shape[0]
     size = x0.numel() // B
-    pieces = pieces_of(size, BLOCK)
     arguments, flags = prepared(output, x0, noise, clamp)
+    pieces = pieces_of(size, flags["BLOCK"])
     numbers = numbers_of((vb_weight, clamp or 0.0), 3)
     upstream = (contiguous(grad) for grad in (grad_loss, grad_mse, grad_vb))
     with on(output):
