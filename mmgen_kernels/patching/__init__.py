@@ -44,18 +44,19 @@ def patch(
     strict: bool = False,
     noise: str = "torch",
 ) -> Handle:
-    """Replaces forwards of modules and steps of schedulers in `object` by fused ones that do the same, on these instances only.
+    """Replaces forwards of modules, and steps and losses of schedulers and diffusions, by fused ones, on these instances only.
 
     Parameters, buffers, state_dict, hooks, classes and other instances stay as they are. Which modules of which libraries
     are served, what is not, and how the result differs from stock in rounding: docs/drop-in.md.
 
     Args:
-        object: a module or a scheduler, or a list, tuple or mapping of them, or an object with such attributes (a pipeline).
+        object: a module, a diffusers scheduler or a script's GaussianDiffusion, or a list, tuple or mapping of them, or an object
+            with such attributes (a pipeline).
         families: which families of operators may be used, such as "vq" or "modulation"; None means all.
         verify: compares each kind of module with the stock one first, on copies and once per process: outputs, gradients and
             buffers of two training steps and one call in eval mode. What differs by more than rounding is kept as it is.
-        noise: of schedulers: "torch" draws what diffusers draws, the same bits from the same generator; "philox" draws in
-            registers, from a key that each run draws once.
+        noise: of schedulers and diffusions: "torch" draws what stock draws, the same bits from the same generator; "philox" draws
+            in registers, from a key that each run of a scheduler draws once, or each call of a diffusion.
         strict: raises if nothing is served, or a module that a rule knows is not; then nothing is replaced.
 
     Returns:
