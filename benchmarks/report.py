@@ -36,6 +36,8 @@ OVERVIEW = {
     "schedule.noising": "noising of training data",
     "diffusion.losses": "GaussianDiffusion's losses, forward and backward",
     "diffusion.p_sample": "a step of p_sample",
+    "schedule_losses.hybrid": "a learned variance's loss, forward and backward",
+    "schedule_losses.loss": "a weighted loss, forward and backward",
     "philox.normal": "normal random numbers",
 }
 NOT_RIVALS = ("clone",)  # a limit: it moves the same bytes and computes nothing

@@ -44,3 +44,17 @@ def test_vq_diffusion_step(benchmark, codes):
 
 def test_unmask_step(benchmark, codes):
     benchmark(mk.unmask_step, *codes, mk.masking_table(10), 5, mask_id=4096, noise=KEY)
+
+
+def test_diffusion_loss(benchmark, latents):
+    benchmark(mk.diffusion_loss, *latents, weight=torch.rand(8), kind="pseudo_huber", delta=0.1)
+
+
+def test_hybrid_loss(benchmark, latents):
+    output = torch.cat(latents, 1)
+    table = mk.hybrid_table(torch.linspace(1e-4, 0.02, 1000))
+    benchmark(mk.hybrid_loss, output, *latents, torch.arange(8) * 125, table=table)
+
+
+def test_loss_weight(benchmark):
+    benchmark(mk.loss_weight, torch.arange(64), table=torch.linspace(0.99, 0.01, 100))

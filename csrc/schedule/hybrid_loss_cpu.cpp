@@ -19,6 +19,8 @@ struct Problem {
   double clamp;  // 0: none
   bool learned;
   int dtype;
+  std::vector<Term<Real>> terms;  // of each sample
+  std::vector<char> decodes;      // whether its step is the first
   const Kernels<Real>& kernels = kernels_of<Real>(selected());
   const LossKernels<Real>& loops = losses_of<Real>(selected());
 
@@ -36,14 +38,15 @@ struct Problem {
     if (t.scalar_type() != ScalarType::Long || t.numel() != B) refuse("t must be int64 (B,)");
     if (table.scalar_type() != ScalarType::Double || table.dim() != 2 || table.size(0) < 1 || table.size(1) != columns)
       refuse("table must be fp64 (T, 7)");
+    const auto* steps = static_cast<const int64_t*>(this->t.const_data_ptr());
+    const auto* rows = static_cast<const double*>(this->table.const_data_ptr());
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t step = std::clamp<int64_t>(steps[b], 0, table.size(0) - 1);
+      decodes.push_back(step == 0);
+      terms.push_back(term(rows + step * columns));
+    }
   }
-  int64_t step(int64_t sample) const {
-    return std::clamp<int64_t>(static_cast<const int64_t*>(t.const_data_ptr())[sample], 0, table.size(0) - 1);
-  }
-  bool decodes(int64_t sample) const { return step(sample) == 0; }
-
-  Term<Real> term(int64_t sample) const {
-    const double* row = static_cast<const double*>(table.const_data_ptr()) + step(sample) * columns;
+  Term<Real> term(const double* row) const {
     const double factor = row[2], share = row[3], true_log_variance = row[4], middle = row[5];
     const double precision = std::exp(-true_log_variance);
     Term<Real> found;
@@ -59,7 +62,7 @@ struct Problem {
     found.precision = static_cast<Real>(precision), found.squares = static_cast<Real>(factor * factor * precision);
     return found;
   }
-  // f(sample, piece, at, count, rows) for every piece
+  // f(sample, piece, at, count, rows, term, whether it decodes) for every piece
   template <class F>
   void run(const F& f) const {
     each_piece(x0.count, x0.size, 8, [&](int64_t sample, int64_t piece, int64_t at, int64_t count) {
@@ -67,13 +70,14 @@ struct Problem {
       const auto row = [&](const Samples& s, int64_t from, Real* scratch) {
         return row_of<Real>(kernels, s, dtype, sample, from, count, scratch);
       };
-      const Term<Real> needs = term(sample);
+      const Term<Real>& needs = terms[static_cast<size_t>(sample)];
+      const bool first = decodes[static_cast<size_t>(sample)];
       HybridRows rows;
       rows.prediction = row(output, at, room[0]);
       if (learned) rows.v = row(output, x0.size + at, room[1]);
-      if (needs.data || needs.clamps || decodes(sample)) rows.x0 = row(x0, at, room[2]);
+      if (needs.data || needs.clamps || first) rows.x0 = row(x0, at, room[2]);
       if (needs.noise) rows.noise = row(noise, at, room[3]);
-      f(sample, piece, at, count, rows, needs);
+      f(sample, piece, at, count, rows, needs, first);
     });
   }
 };
@@ -82,8 +86,8 @@ template <class Real>
 std::tuple<Tensor, Tensor, Tensor> run(const Problem<Real>& p, double vb_weight, bool kl) {
   const int64_t B = p.x0.count, size = p.x0.size, pieces = (size + chunk - 1) / chunk;
   std::vector<LossSums> sums(static_cast<size_t>(B * pieces));
-  p.run([&](int64_t sample, int64_t piece, int64_t, int64_t count, const HybridRows& rows, const Term<Real>& term) {
-    sums[static_cast<size_t>(sample * pieces + piece)] = p.loops.terms[p.decodes(sample)][p.dtype](term, rows, count);
+  p.run([&](int64_t sample, int64_t piece, int64_t, int64_t count, const HybridRows& rows, const Term<Real>& term, bool first) {
+    sums[static_cast<size_t>(sample * pieces + piece)] = p.loops.terms[first][p.dtype](term, rows, count);
   });
   const ScalarType dtype = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
   Tensor losses = empty(p.output.tensor, {B}, dtype), mses = empty(p.output.tensor, {B}, dtype),
@@ -115,7 +119,7 @@ Tensor run_backward(const Problem<Real>& p, const Optional& grad_loss, const Opt
   const std::optional<PerSample> none;
   const double elements = static_cast<double>(std::max<int64_t>(size, 1));
   const Result grad(p.output.tensor, p.output.tensor.scalar_type());
-  p.run([&](int64_t sample, int64_t, int64_t at, int64_t count, HybridRows rows, Term<Real> term) {
+  p.run([&](int64_t sample, int64_t, int64_t at, int64_t count, HybridRows rows, Term<Real> term, bool first) {
     term.by_square = static_cast<Real>(both(of_mse, kl ? none : of_loss, sample) / elements);
     term.by_term = static_cast<Real>(both(of_vb, of_loss, sample) * (vb_weight / (std::numbers::ln2 * elements)));
     term.bounds = of_vb || of_loss, term.moves_mean = kl;
@@ -125,7 +129,7 @@ Tensor run_backward(const Problem<Real>& p, const Optional& grad_loss, const Opt
     char* const to[2] = {grad.data + element * grad.bytes, grad.data + (element + size) * grad.bytes};
     rows.grad_prediction = direct ? static_cast<void*>(to[0]) : room[0];
     if (p.learned) rows.grad_v = direct ? static_cast<void*>(to[1]) : room[1];
-    p.loops.term_gradients[p.decodes(sample)][p.dtype](term, rows, count);
+    p.loops.term_gradients[first][p.dtype](term, rows, count);
     if (!direct)
       for (int half = 0; half < (p.learned ? 2 : 1); ++half) p.kernels.narrow[grad.dtype](room[half], count, to[half]);
   });

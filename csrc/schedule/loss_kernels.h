@@ -171,8 +171,8 @@ struct Divergence {
   }
 };
 
-// Of the first step: the probability of x0's level, sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a - b)), of which every
-// factor is exact in the tails. a and b are steep odd polynomials of the deviations of the level's ends.
+// Of the first step: the probability of x0's level, sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a - b)), of which
+// every factor is exact in the tails. a and b are steep odd polynomials of the deviations of the level's ends.
 template <class Lanes>
 struct Decoder {
   using Vec = typename Lanes::Vec;
