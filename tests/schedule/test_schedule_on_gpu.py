@@ -115,3 +115,43 @@ def test_nothing_waits_for_the_device():
             calls()
             with waits_are_errors():
                 calls()
+
+
+CODES, POSITIONS = 70, 65
+
+
+@pytest.mark.parametrize("codes_first", (False, True))
+@pytest.mark.parametrize("implementation", ("reference", "triton"))
+def test_a_discrete_run_in_one_graph_is_the_eager_run(implementation, codes_first):
+    """Both steps, by an index on the device that the graph advances; the same codes as on the CPU; nobody waits for the device."""
+    rows = mk.transition_table(torch.linspace(0.99, 0.01, STEPS), CODES).cuda()
+    schedule, key = mk.masking_table(STEPS).cuda(), KEY.expand(2, 2).contiguous()
+    logits = randn(2, POSITIONS, CODES, seed=1).float()
+    given = logits.mT.contiguous().cuda() if codes_first else logits.cuda()
+    dim, on_gpu = 1 if codes_first else -1, key.cuda()
+    start = torch.full((2, POSITIONS), CODES, device="cuda")
+    at, x, y = torch.zeros((), dtype=torch.int64, device="cuda"), start.clone(), start.clone()
+
+    def loop():
+        at.zero_(), x.copy_(start), y.copy_(start)
+        for _ in range(STEPS):
+            x.copy_(mk.vq_diffusion_step(given, x, rows, STEPS - 1 - at, noise=on_gpu, dim=dim))
+            y.copy_(mk.unmask_step(given, y, schedule, at, mask_id=CODES, noise=on_gpu, dim=dim).prev_sample)
+            at.add_(1)
+
+    with mk.use_backend(implementation, "schedule"), mk.use_backend("reference", "philox"):
+        loop()  # compiles
+        with waits_are_errors():
+            loop()
+        expected = x.clone(), y.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loop()
+        x.zero_(), y.zero_()
+        graph.replay()
+    assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+    a, b = start.cpu(), start.cpu()
+    for step in range(STEPS):
+        a = mk.vq_diffusion_step(logits, a, rows.cpu(), STEPS - 1 - step, noise=key)
+        b = mk.unmask_step(logits, b, schedule.cpu(), step, mask_id=CODES, noise=key).prev_sample
+    assert torch.equal(x.cpu(), a) and torch.equal(y.cpu(), b)

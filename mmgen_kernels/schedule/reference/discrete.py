@@ -92,7 +92,7 @@ def remasked(pred: Tensor, confidence: Tensor, sample: Tensor, ratio: Tensor, ma
     unknown = sample == mask_id
     known = unknown.sum(1, keepdim=True)  # (B, 1): how many were masked
     wanted = torch.floor(sample.shape[1] * ratio.float()).to(torch.int64)
-    wanted = torch.minimum(wanted.minimum(known - 1).clamp(min=1), known) * (ratio > 0)
+    wanted = (known - 1).minimum(wanted).clamp(min=1).minimum(known) * (ratio > 0)
     limits = torch.finfo(confidence.dtype)
     confidence = confidence.nan_to_num(nan=-torch.inf, posinf=limits.max, neginf=-torch.inf)
     order = torch.where(unknown, confidence, torch.inf).sort(dim=1, stable=True).indices
@@ -118,9 +118,11 @@ def exponentials(
 
 
 def row_at(table: Tensor, index: Tensor | None, step: int) -> Sequence[Tensor]:
-    """The numbers of the step, () each, or each sample's, (B, 1). On the host they stay there: they mix with any device's."""
-    row = table[step_of(index, step, table, table.device)]
-    return [column[:, None] if row.dim() == 2 else column for column in row.unbind(-1)]
+    """The numbers of the step, () each, which mix with any device's; or, by an index, (1, 1) or each sample's, (B, 1)."""
+    if index is None:
+        return table[min(max(step, 0), len(table) - 1)].unbind()
+    rows = table.index_select(0, index.clamp(0, len(table) - 1).reshape(-1))  # a scalar in brackets would be waited for
+    return rows[:, None].unbind(-1)
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
