@@ -130,7 +130,7 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = [
         (
             name,
-            spread([s["detail"] for s in by_seed.values()], ".2f"),
+            spread([s["detail"] for s in by_seed.values()], ".3f"),
             spread([s["frechet_distance"] for s in by_seed.values()], ".3f"),
             spread([s["psnr"] for s in by_seed.values()], ".2f"),
             spread([s["usage"] for s in by_seed.values()], ".0%"),

@@ -20,7 +20,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]  # reconstruction and image, (B,
 
 @dataclass(frozen=True)
 class AdversarialConfig(TrainingConfig):
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = 1.0  # against 0: +0.1 dB, detail 0.07 and not 0.09; 300 steps of 32 x 32 crops, no discriminator
     # Of the adversarial loss, times the adaptive weight; 0 trains without a discriminator. Twice as much cost 1 dB in 300 steps of
     # 32 x 32 crops, for no more detail.
     disc_weight: float = 0.4

@@ -79,11 +79,11 @@ def test_the_table_has_means_and_ranges():
     scores = {"a": {"0": value, "1": other}, "b": {"0": value | none, "1": value | none}, "c": {"0": value}}
     result = {"scores": scores, "cpu_seconds_per_step": {"a": 0.0123, "b": 0.5, "c": 2}}
     rows = table(result)
-    assert rows[1][:3] == ("a", "0.60 (0.50 to 0.70)", "0.100 (0.100 to 0.100)")
+    assert rows[1][:3] == ("a", "0.600 (0.500 to 0.700)", "0.100 (0.100 to 0.100)")
     assert rows[1][3:] == ("21.00 (20.00 to 22.00)", "75% (75% to 75%)", "300 (300 to 300)", "0.012")
     assert rows[2][-3:-1] == ("none", "none")
-    assert rows[3][1:] == ("0.50", "0.100", "20.00", "75%", "300", "2.000")
-    assert markdown(result).splitlines()[-1] == "| c | 0.50 | 0.100 | 20.00 | 75% | 300 | 2.000 |"
+    assert rows[3][1:] == ("0.500", "0.100", "20.00", "75%", "300", "2.000")
+    assert markdown(result).splitlines()[-1] == "| c | 0.500 | 0.100 | 20.00 | 75% | 300 | 2.000 |"
 
 
 @pytest.mark.parametrize(("kind", "part"), [("vqgan", "codebook_size"), ("vae", "latent_channels")])

@@ -42,6 +42,11 @@ def test_the_table_of_code_models_is_that_of_the_results(root):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_table_of_tokenizers_is_that_of_the_results(root):
+    done = subprocess.run([sys.executable, "-m", "benchmarks.tokenizers", "--check"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_old_python_is_told_so(root, tmp_path):
     old = tmp_path / "python3"
     old.write_text('#!/bin/sh\ncase "$1" in --version) echo "Python 3.8.1";; *) exit 1;; esac\n')
