@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.bars import Bar, believed_ms, below, faster
 from benchmarks.harness import Case, Contestant
 from benchmarks.peers import samplers
-from benchmarks.peers.samplers import SAMPLERS, Sampler
+from benchmarks.peers.samplers import FURTHER, SAMPLERS, Sampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}  # relative rms; stock fp32 with its coefficients in fp32 is at 1e-5
@@ -26,6 +26,7 @@ KEEPS_FREED_MEMORY = True  # outputs are all that is allocated, and what they co
 QUICK = ("step/DDIM-8x16x128x128-bf16", "run/UniPC-1x16x7")
 STEPS, K, SEED = 20, 10, 2026
 LARGE, SMALL, TRAINING, PATH = (8, 16, 128, 128), ((1, 4, 64, 64), (1, 16, 7)), (16, 16, 64, 64), (4, 16, 64, 64)
+RUNS = SAMPLERS | FURTHER
 NOISING = ("DDPM", "Euler", "FlowMatchEuler")
 
 Make = Callable[..., Callable[[], Any]]
@@ -219,7 +220,7 @@ def sampled(scheduler: Any, sampler: Sampler, start: Tensor) -> tuple[Tensor]:
 def trajectory_case(name: str, dtype: str, device: torch.device) -> Case:
     import mmgen_kernels as mk
 
-    sampler, truth = SAMPLERS[name], []
+    sampler, truth = RUNS[name], []
 
     def exact(start: Tensor) -> tuple[Tensor]:
         scheduler = samplers.ours(sampler)
@@ -298,7 +299,7 @@ def noising_case(name: str, dtype: str, device: torch.device) -> Case:
 
 def cases(device: torch.device) -> list[Case]:
     found = [step_case(name, dtype, device) for name in SAMPLERS for dtype in DTYPES]
-    found += [trajectory_case(name, "bf16", device) for name in SAMPLERS]
+    found += [trajectory_case(name, "bf16", device) for name in RUNS]
     found += [noising_case(name, dtype, device) for name in NOISING for dtype in DTYPES]
     found += [run_case("run", name, shape, device) for shape in SMALL for name in SAMPLERS]
     return found + [run_case("whole-run", name, SMALL[0], device) for name in SAMPLERS]
@@ -327,7 +328,7 @@ def bars(results: dict[str, dict]) -> list[Bar]:
             if not SAMPLERS[name].noisy:
                 found.append(below(f"{case}: ours over clones of the same bytes", own and clone and own / clone, CLONES[dtype]))
             found += [faster(results, case, who, "diffusers", times[dtype]), faster(results, case, who, "compile", 1 / 1.1)]
-    for name in SAMPLERS:
+    for name in RUNS:
         case = f"trajectory/{name}-bf16"
         errors = [results.get(case, {}).get("contestants", {}).get(who, {}).get("errors", {}) for who in ("ours", "diffusers")]
         ratio = errors[0]["error"] / errors[1]["error"] if all(errors) else None

@@ -35,6 +35,19 @@ SAMPLERS = {
     "FlowMatchEuler": Sampler("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, writes=1),
 }
 
+FURTHER = {  # raced for what a run loses in 16 bits alone
+    "PNDM": Sampler("PNDMScheduler", LATENT | {"skip_prk_steps": True}, reads=5, writes=1),
+    "PNDM-prk": Sampler("PNDMScheduler", LATENT, reads=5, writes=1),
+    "DDIMInverse": Sampler("DDIMInverseScheduler", UNCLIPPED),
+    "LMS": Sampler("LMSDiscreteScheduler", LATENT, reads=5, writes=3),
+    "Heun": Sampler("HeunDiscreteScheduler", LATENT, reads=3, writes=3),
+    "KDPM2": Sampler("KDPM2DiscreteScheduler", LATENT, reads=3),
+    "KDPM2Ancestral": Sampler("KDPM2AncestralDiscreteScheduler", LATENT, reads=3, noisy=True),
+    "EDMEuler": Sampler("EDMEulerScheduler", wide_data=True),
+    "EDM-DPM++2M": Sampler("EDMDPMSolverMultistepScheduler", reads=3),
+    "CM": Sampler("CMStochasticIterativeScheduler", {"clip_denoised": False}, writes=1, noisy=True, steps=8),
+}
+
 
 def ours(sampler: Sampler, noise: str = "torch") -> Any:
     import mmgen_kernels as mk
@@ -69,13 +82,16 @@ def enter(scheduler: Any, k: int, past: tuple[Tensor, ...]) -> None:
 
 def level(sampler: Sampler, scheduler: Any, k: int) -> tuple[float, float]:
     """How much data and how much noise the model sees at step k."""
-    if sampler.class_name in ("DDPMScheduler", "DDIMScheduler", "LCMScheduler"):
+    if sampler.class_name.startswith(("DDPM", "DDIM", "LCM", "PNDM")):
         kept = float(scheduler.alphas_cumprod[scheduler.timesteps[k]])
         return kept**0.5, (1 - kept) ** 0.5
     sigma = float(scheduler.sigmas[k])
     if sampler.class_name.startswith("Flow"):
         return 1 - sigma, sigma
-    return 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+    if sampler.class_name.startswith("KDPM2D") and k % 2:  # a step's second evaluation, between two levels
+        sigma = (sigma * float(scheduler.sigmas[k - 1])) ** 0.5
+    deviation = scheduler.config.get("sigma_data", 1.0)
+    return 1 / (deviation**2 + sigma**2) ** 0.5, sigma / (deviation**2 + sigma**2) ** 0.5
 
 
 def prediction(sampler: Sampler, scheduler: Any, k: int, seen: Tensor) -> Tensor:
@@ -84,5 +100,10 @@ def prediction(sampler: Sampler, scheduler: Any, k: int, seen: Tensor) -> Tensor
     x = seen.double()
     wave = torch.sin(torch.arange(x[0].numel(), dtype=torch.float64, device=x.device)).view(x.shape[1:])
     data = wave + a * 0.25 / (a * a * 0.25 + s * s) * (x - a * wave)
+    if sampler.class_name.startswith(("EDM", "CM")):  # a network that is preconditioned
+        sigma, d = s / a, scheduler.config["sigma_data"]
+        least = scheduler.config["sigma_min"] if sampler.class_name.startswith("CM") else 0.0
+        skip, out = d**2 / ((sigma - least) ** 2 + d**2), (sigma - least) * d * a
+        return ((data - skip * x / a) / out).to(seen.dtype)
     noise = (x - a * data) / s
     return (noise - data if sampler.class_name.startswith("Flow") else noise).to(seen.dtype)

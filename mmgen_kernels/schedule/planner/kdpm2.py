@@ -40,7 +40,8 @@ def interleaved(config: Config, run: Run, between: Callable[[Tensor], Tensor]) -
         times = [float(round(t)) for t in times]
     levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64, device="cpu").float()
     table = sigma_space.logs(sigma_space.training_sigmas(betas.alphas_cumprod(config)))
-    halfway = [sigma_space.time_of(f32(log(max(sigma, f32(1e-10)))), table) for sigma in between(levels).tolist()]
+    logarithms = [f32(log(max(sigma, f32(1e-10)))) for sigma in between(levels).tolist()]
+    halfway = sigma_space.times_of_logs(logarithms, table)
     times = [*times[:1], *(t for pair in zip(halfway, times[1:], strict=True) for t in pair)]
     wide = sigma_space.chosen_respacing(config) is not None
     known, dtype = (*twice(levels.tolist()), 0.0), "float64" if wide else "float32"

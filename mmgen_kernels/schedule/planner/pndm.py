@@ -124,12 +124,12 @@ def _adams(config: Config, levels: Schedule, counter: int, kept: int, time: int,
     apart = config["num_train_timesteps"] // steps
     if not config["skip_prk_steps"] and kept < 3:
         raise ValueError(f"plms must have 3 outputs of prk before it without skip_prk_steps, got {kept}")
+    if kept == 0 and counter > 0:
+        raise ValueError(f"plms must have outputs before it in evaluation {counter}, got none")
     if counter == 1:  # the first step once more, or with what is kept alone where that is more
         e = 0.5 * (MODEL_OUTPUT + PAST[0]) if kept == 1 else _combined(PAST[: min(kept, CYCLE)])
         x = column("last_sample") if kept == 1 else SAMPLE
         return Evaluation(_transfer(config, levels, time + apart, time, x, e)), {}
-    if kept == 0 and counter > 1:
-        raise ValueError(f"plms must have outputs before it in evaluation {counter}, got none")
     outputs = (MODEL_OUTPUT, *PAST[: min(kept, CYCLE - 1)])
     feed = NEW | ({"last_sample": "sample"} if len(outputs) == 1 else {})
     return Evaluation(_transfer(config, levels, time, time - apart, SAMPLE, _combined(outputs))), feed

@@ -7,7 +7,9 @@ diffusers holds the training sigmas in fp32, interpolates and respaces in fp64 (
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -101,7 +103,10 @@ def karras(first: float, last: float, steps: int, rho: float = 7.0) -> list[floa
 
 def time_of(log_sigma: float, log_sigmas: Sequence[float]) -> float:
     """The training timestep, with a fraction, whose level this is: straight lines in log sigma, clamped to the table."""
-    low = max((j for j, value in enumerate(log_sigmas) if log_sigma >= value), default=0)
+    return _time_from(max((j for j, value in enumerate(log_sigmas) if log_sigma >= value), default=0), log_sigma, log_sigmas)
+
+
+def _time_from(low: int, log_sigma: float, log_sigmas: Sequence[float]) -> float:
     low = min(low, len(log_sigmas) - 2)
     share = (log_sigmas[low] - log_sigma) / (log_sigmas[low] - log_sigmas[low + 1])
     share = min(max(share, 0.0), 1.0)
@@ -109,4 +114,10 @@ def time_of(log_sigma: float, log_sigmas: Sequence[float]) -> float:
 
 
 def times_of(sigmas: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
-    return [time_of(log(max(sigma, 1e-10)), log_sigmas) for sigma in sigmas]
+    return times_of_logs([log(max(sigma, 1e-10)) for sigma in sigmas], log_sigmas)
+
+
+def times_of_logs(logarithms: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
+    if any(later < value for value, later in pairwise(log_sigmas)):
+        return [time_of(value, log_sigmas) for value in logarithms]
+    return [_time_from(max(bisect_right(log_sigmas, value) - 1, 0), value, log_sigmas) for value in logarithms]
