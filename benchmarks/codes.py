@@ -41,13 +41,15 @@ def text(held: dict) -> str:
     training = held["result"]["settings"]["causal"]["training"]
     steps = f"{result.steps}" if result.steps == training["steps"] else f"the first {result.steps} of {training['steps']}"
     cost = [f"{side.cpu_seconds_per_step:.2f}" for side in (result.causal, result.diffusion)]
+    minutes = [f"{side.cpu_seconds_per_step * result.steps / 60:.1f}" for side in (result.causal, result.diffusion)]
     drawing = [f"{side.cpu_seconds_per_picture:.1f}" for side in (result.causal, result.diffusion)]
     told = (
         f"Trained on {result.trained_tokens:,} codes each, {steps} steps of {training['batch_size']} crops. Held out: "
         f"{result.held_out_pictures} tiles of {result.tokens_per_picture} codes, K = {result.codebook_size}, which the tokenizer "
         f"gives back at {result.held_out_psnr:.2f} dB. The bound was drawn {result.replicates} times; ± is the standard error of "
         f"that. CPU seconds, causal and diffusion: {' and '.join(cost)} for forward and backward of a training step, "
-        f"{' and '.join(drawing)} for a picture, the latter in {result.tokens_per_picture} steps."
+        f"which is {' and '.join(minutes)} minutes of training, and {' and '.join(drawing)} for a picture, the latter in "
+        f"{result.tokens_per_picture} steps."
     )
     where = f"{result.device}, {result.threads} thread{'s' if result.threads > 1 else ''}; torch {result.torch}; {stamp['date']}."
     return "\n".join(lines) + f"\n\n{told}\n\n{where} Raw: `benchmarks/results/{held['folder']}/codes.json`.\n"
