@@ -25,6 +25,7 @@ struct Combination {
   bool derives = false;
   bool divides = false;
   Real bound = 0, divisor = 1;  // limit: clipped to [-bound, bound], then divided
+  bool streams = false;         // results go past the caches, where nothing but inputs enters; they lie at multiples of 64 bytes
 
   void find_present() {
     for (int k = 0; k <= outputs; ++k) {
