@@ -211,9 +211,13 @@ def sampled(scheduler: Any, sampler: Sampler, start: Tensor) -> tuple[Tensor]:
     torch.manual_seed(SEED)
     scheduler.set_timesteps(sampler.steps, device=start.device)
     x = start * getattr(scheduler, "init_noise_sigma", 1.0)
+    told = sampler.class_name == "CogVideoXDPMScheduler"  # of the step before, by the caller
+    before: dict[str, Any] = {"old_pred_original_sample": None, "timestep_back": None} if told else {}
     for k, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(samplers.prediction(sampler, scheduler, k, seen), t, x, return_dict=False)[0]
+        output = samplers.prediction(sampler, scheduler, k, seen)
+        x, *others = scheduler.step(output, timestep=t, sample=x, **before, return_dict=False)
+        before = {"old_pred_original_sample": others[0], "timestep_back": t} if told else {}
     return (x,)
 
 
@@ -223,8 +227,8 @@ def trajectory_case(name: str, dtype: str, device: torch.device) -> Case:
     sampler, truth = RUNS[name], []
 
     def exact(start: Tensor) -> tuple[Tensor]:
-        scheduler = samplers.ours(sampler)
-        scheduler.stepper.draw = lambda _, like, *__: torch.randn(like.shape, dtype=start.dtype, device=device).double()
+        scheduler, drawn = samplers.ours(sampler), torch.float32 if sampler.wide_noise else start.dtype
+        scheduler.stepper.draw = lambda _, like, *__: torch.randn(like.shape, dtype=drawn, device=device).double()
         with mk.use_backend("reference"):
             return sampled(scheduler, sampler, start.double())
 

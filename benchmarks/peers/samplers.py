@@ -21,6 +21,7 @@ class Sampler:
     writes: int = 2
     noisy: bool = False
     wide_data: bool = False  # the predicted data that it returns are fp32 at least
+    wide_noise: bool = False  # so is the noise that it draws
     steps: int = 30
 
 
@@ -45,6 +46,14 @@ FURTHER = {  # raced for what a run loses in 16 bits alone
     "KDPM2Ancestral": Sampler("KDPM2AncestralDiscreteScheduler", LATENT, reads=3, noisy=True),
     "EDMEuler": Sampler("EDMEulerScheduler", wide_data=True),
     "EDM-DPM++2M": Sampler("EDMDPMSolverMultistepScheduler", reads=3),
+    "DEIS": Sampler("DEISMultistepScheduler", LATENT, reads=3),
+    "DPM++2S": Sampler("DPMSolverSinglestepScheduler", LATENT, reads=4),
+    "SA": Sampler("SASolverScheduler", LATENT, reads=5, writes=3, noisy=True),
+    "TCD": Sampler("TCDScheduler", LATENT, noisy=True, steps=8),
+    "CogVideoXDDIM": Sampler("CogVideoXDDIMScheduler"),
+    "CogVideoXDPM": Sampler("CogVideoXDPMScheduler", reads=3, noisy=True),
+    "FlowMatchHeun": Sampler("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, reads=3),
+    "FlowMatchLCM": Sampler("FlowMatchLCMScheduler", {"shift": 3.0}, writes=1, noisy=True, wide_noise=True, steps=8),
     "CM": Sampler("CMStochasticIterativeScheduler", {"clip_denoised": False}, writes=1, noisy=True, steps=8),
 }
 
@@ -82,7 +91,7 @@ def enter(scheduler: Any, k: int, past: tuple[Tensor, ...]) -> None:
 
 def level(sampler: Sampler, scheduler: Any, k: int) -> tuple[float, float]:
     """How much data and how much noise the model sees at step k."""
-    if sampler.class_name.startswith(("DDPM", "DDIM", "LCM", "PNDM")):
+    if sampler.class_name.startswith(("DDPM", "DDIM", "LCM", "PNDM", "TCD", "CogVideoX")):
         kept = float(scheduler.alphas_cumprod[scheduler.timesteps[k]])
         return kept**0.5, (1 - kept) ** 0.5
     sigma = float(scheduler.sigmas[k])
