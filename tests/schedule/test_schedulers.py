@@ -107,6 +107,43 @@ def test_16_bits_are_nearer_to_fp64_than_per_operation_rounding_would_be(class_n
         assert (a.double() - b).square().mean().sqrt() <= 2.0**-8 * k * max(e.abs().max() for e in exact[:k])
 
 
+@pytest.mark.parametrize("class_name", ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"))
+def test_a_step_has_a_derivative_and_maps(class_name):
+    """Arguments that a step of two tensors leaves out are there where autograd and vmap ask for them."""
+    scheduler = made(class_name)
+    scheduler.set_timesteps(6)
+
+    def step(x, m):
+        scheduler.set_begin_index(0)
+        scheduler._step_index = None
+        scheduler.forget()
+        return scheduler.step(m, scheduler.timesteps[0], x, return_dict=False)[0]
+
+    x, m = (image(seed, (3, 4, 5)).float().requires_grad_() for seed in (1, 2))
+    slopes = torch.autograd.grad(step(x, m).sum(), (x, m))
+    with torch.no_grad():
+        one = torch.ones_like(x)
+        expected = [step(one, 0 * one), step(0 * one, one)]
+        mapped = torch.func.vmap(step)(x, m)
+        assert same_bits(mapped, step(x, m))
+    for slope, coefficient in zip(slopes, expected, strict=True):
+        torch.testing.assert_close(slope, coefficient, rtol=1e-6, atol=1e-6)
+
+
+def test_a_plan_is_what_steps_go_by():
+    plan = mk.schedulers.plan("DDIMScheduler", {"clip_sample": False}, num_inference_steps=5, eta=0.0)
+    scheduler = made("DDIMScheduler", clip_sample=False)
+    scheduler.set_timesteps(5)
+    assert list(plan.timesteps) == scheduler.timesteps.tolist() and plan.inputs == ("sample", "model_output")
+    x, m = (image(seed, (2, 3)).float() for seed in (1, 2))
+    found = mk.scheduler_step((x, m), torch.tensor(plan.rows, dtype=torch.float64), 2)
+    assert all(map(same_bits, found, scheduler.step(m, scheduler.timesteps[2], x, return_dict=False)))
+    with pytest.raises(TypeError, match="number_of_steps"):
+        mk.schedulers.plan("DDIMScheduler", {}, number_of_steps=5)
+    with pytest.raises(ValueError, match="NoScheduler"):
+        mk.schedulers.plan("NoScheduler", {}, num_inference_steps=5)
+
+
 @pytest.mark.parametrize("class_name", ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"))
 def test_entering_a_run_in_its_middle(class_name):
     """History and step index are attributes: a copy of the scheduler goes on as the original would have."""
