@@ -23,7 +23,8 @@ int dtype_of(std::initializer_list<const Samples*> all) {
 
 // Elements [at, at + count) of a sample, in `dtype`: where they lie, or widened into `room`.
 template <class Real>
-const void* row_of(const Kernels<Real>& kernels, const Samples& s, int dtype, int64_t sample, int64_t at, int64_t count, Real* room) {
+const void* row_of(const Kernels<Real>& kernels, const Samples& s, int dtype, int64_t sample, int64_t at, int64_t count,
+                   Real* room) {
   const void* row = s.at(sample, at);
   if (s.dtype == dtype) return row;
   kernels.widen[s.dtype](row, count, room);
