@@ -114,29 +114,14 @@ def euler(
     s_noise: float = 1.0,
     generator: Generators = None,
 ) -> tuple[Tensor, ...]:
-    refuse_indices(s, timestep)
-    check_tensors(model_output, sample)
-    k = step_index(s, timestep)
-    table = stepper.table(s, s_churn=float(s_churn), s_tmin=float(s_tmin), s_tmax=float(s_tmax), s_noise=float(s_noise))
-    prediction, _ = of_channels(table.plan, model_output, sample)
-    noise = stepper.draw(table, prediction, generator, prediction.dtype) if table.plan.draws_noise[k] else None
-    results = in_sigma_space(stepper, table, k, prediction, sample, noise)
-    s._step_index += 1
-    return results
+    run = {"s_churn": float(s_churn), "s_tmin": float(s_tmin), "s_tmax": float(s_tmax), "s_noise": float(s_noise)}
+    return in_sigma_space(stepper, s, model_output, timestep, sample, generator, run)
 
 
 def euler_ancestral(
     stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: Tensor, generator: Generators = None
 ) -> tuple[Tensor, ...]:
-    refuse_indices(s, timestep)
-    check_tensors(model_output, sample)
-    k = step_index(s, timestep)
-    table = stepper.table(s)
-    prediction, _ = of_channels(table.plan, model_output, sample)
-    noise = stepper.draw(table, prediction, generator, prediction.dtype)
-    results = in_sigma_space(stepper, table, k, prediction, sample, noise)
-    s._step_index += 1
-    return results
+    return in_sigma_space(stepper, s, model_output, timestep, sample, generator, {})
 
 
 def flow_match_euler(

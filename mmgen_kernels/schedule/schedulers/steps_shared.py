@@ -65,16 +65,28 @@ def first_two(
 
 def in_sigma_space(
     stepper: Stepper,
-    table: Table,
-    k: int,
-    prediction: Tensor,
+    s: Any,
+    model_output: Tensor,
+    timestep: Any,
     sample: Tensor,
-    noise: Tensor | None,
-    dtype: torch.dtype | None = None,
+    generator: Generators,
+    run: dict[str, Any],
+    original: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The sample in the model output's dtype, which `dtype` names where the prediction is another; the data in fp32 at least."""
-    wide = torch.promote_types(FP32, prediction.dtype)
-    return stepper.run_pair(table, k, sample, prediction, (dtype or prediction.dtype, wide), noise)
+    """A step of Euler's kind: the sample in the model output's dtype, the data in fp32 at least, or as the caller has them."""
+    refuse_indices(s, timestep)
+    check_tensors(model_output, sample)
+    k = step_index(s, timestep)
+    table = stepper.table(s, **run)
+    prediction, _ = of_channels(table.plan, model_output, sample)
+    noise = stepper.draw(table, prediction, generator, prediction.dtype) if table.plan.draws_noise[k] else None
+    source, dtypes = prediction, (prediction.dtype, torch.promote_types(FP32, prediction.dtype))
+    if original is not None:
+        check_tensors(original, sample)
+        source, _ = of_channels(table.plan, original, sample)
+    prev, data = stepper.run_pair(table, k, sample, source, dtypes, noise)
+    s._step_index += 1
+    return prev, data if original is None else original
 
 
 def multistep(

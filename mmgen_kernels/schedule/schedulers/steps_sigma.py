@@ -87,22 +87,9 @@ def edm_euler(
     *,
     pred_original_sample: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    refuse_indices(s, timestep)
-    check_tensors(model_output, sample)
-    k = step_index(s, timestep)
-    of_run: dict[str, Any] = {"has_original": pred_original_sample is not None}
-    of_run |= {"s_churn": float(s_churn), "s_tmin": float(s_tmin), "s_tmax": float(s_tmax), "s_noise": float(s_noise)}
-    table = stepper.table(s, **of_run)
-    prediction, _ = of_channels(table.plan, model_output, sample)
-    noise = stepper.draw(table, prediction, generator, prediction.dtype) if table.plan.draws_noise[k] else None
-    if pred_original_sample is None:
-        results = in_sigma_space(stepper, table, k, prediction, sample, noise)
-    else:
-        check_tensors(pred_original_sample, sample)
-        original, _ = of_channels(table.plan, pred_original_sample, sample)
-        results = in_sigma_space(stepper, table, k, original, sample, noise, prediction.dtype)[0], pred_original_sample
-    s._step_index += 1
-    return results
+    run: dict[str, Any] = {"has_original": pred_original_sample is not None}
+    run |= {"s_churn": float(s_churn), "s_tmin": float(s_tmin), "s_tmax": float(s_tmax), "s_noise": float(s_noise)}
+    return in_sigma_space(stepper, s, model_output, timestep, sample, generator, run, pred_original_sample)
 
 
 def consistency_model(
