@@ -48,8 +48,9 @@ class ObjectiveConfig:
             return "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": self.num_train_timesteps}
         return "DDIMScheduler", self.betas | {"prediction_type": TARGETS[self.target], "clip_sample": False}
 
-    def scheduler_named(self, name: str) -> Any:
-        """The scheduler of `mk.schedulers` with that name, set to sample what was trained so."""
+    def scheduler_named(self, name: str, *, learn_sigma: bool = False) -> Any:
+        """The scheduler of `mk.schedulers` with that name, set to sample what was trained so; of a model that says a variance
+        besides, DDPM reads it."""
         others = ("DDIMInverseScheduler", "CogVideoXDPMScheduler")  # leads to noise; steps with the data of the step before
         known = [n for n in mk.schedulers.__all__ if n.endswith("Scheduler") and n not in others]
         if name not in known:
@@ -60,6 +61,8 @@ class ObjectiveConfig:
         if self.target != "flow":
             given = self.betas | {"prediction_type": TARGETS[self.target], "clip_sample": False}
             given |= {"snr_shift_scale": 1.0, "rescale_betas_zero_snr": False}  # the levels of training, as they are
+            if learn_sigma and name == "DDPMScheduler":
+                given["variance_type"] = "learned_range"
         elif "use_flow_sigmas" in options:
             given |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         fits = name.startswith("FlowMatch") or "use_flow_sigmas" in options if self.target == "flow" else "beta_schedule" in options

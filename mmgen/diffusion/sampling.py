@@ -16,6 +16,7 @@ import mmgen_kernels as mk
 from mmgen.models import DiT
 
 START, STEPS = 0, 1  # streams of a sample's key
+LEARNED = ("learned", "learned_range")  # variance_type of a scheduler that takes the variance behind the prediction
 Named = tuple[str, Mapping[str, Any]]  # of diffusers: class name, config
 
 
@@ -47,7 +48,8 @@ def sample(
         (B, C, S, S), not clamped.
 
     Raises:
-        ValueError: the model was trained without dropped labels and is to be guided, or the scheduler cannot be planned.
+        ValueError: the model was trained without dropped labels and is to be guided, the scheduler cannot be planned, or it reads a
+            variance that the model does not say.
     """
     keys = mk.fold_in(key, torch.arange(len(labels), device=labels.device))  # (B, 2)
     shape = (len(labels), model.config.in_channels, model.config.input_size, model.config.input_size)
@@ -98,7 +100,7 @@ def planned(guide: Guide, noise: Tensor, scheduler: Named, num_inference_steps: 
             noise=keys if plan.draws_noise[i] else None,
             clamp=plan.clamp[1] if plan.clamp else None,
             threshold=plan.threshold,
-            variance=variance if plan.log_variance else None,
+            variance=required(variance, config["variance_type"]) if plan.log_variance else None,
             uncond=uncond,
             guided=plan.inputs.index("model_output"),
             guidance_scale=guide.scale,
@@ -116,10 +118,20 @@ def scheduled(guide: Guide, noise: Tensor, scheduler: Any, num_inference_steps: 
     if "generator" in inspect.signature(scheduler.step).parameters:
         seed = int(mk.philox_integers((1,), key).item())  # the one wait for the device
         options["generator"] = torch.Generator(noise.device).manual_seed(seed)
+    reads_variance = getattr(getattr(scheduler, "config", None), "variance_type", None) in LEARNED
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        output, uncond, _ = guide(scaled, t)
+        output, uncond, variance = guide(scaled, t)
         output = output if uncond is None else mk.guidance(output, uncond, guide.scale)
+        if reads_variance:
+            output = torch.cat([output, required(variance, scheduler.config.variance_type)], dim=1)
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
     return x
+
+
+def required(variance: Tensor | None, variance_type: str) -> Tensor:
+    """What the model says of the variance, for a scheduler that reads it."""
+    if variance is None:
+        raise ValueError(f"scheduler must not read a variance, which the model does not say, got variance_type={variance_type!r}")
+    return variance

@@ -96,7 +96,8 @@ def sample_run(
     for label in labels or ():
         if not 0 <= label < classes:
             raise ValueError(f"--labels must be between 0 and {classes - 1}, got {label}")
-    sampler = None if scheduler is None else experiment.objective.scheduler_named(scheduler)
+    learn_sigma = experiment.model.learn_sigma
+    sampler = None if scheduler is None else experiment.objective.scheduler_named(scheduler, learn_sigma=learn_sigma)
     wanted = torch.tensor(labels or range(classes))
     model = DiT(experiment.model).to(device).eval()
     model.load_state_dict(checkpoint.read_state(last)["ema"])

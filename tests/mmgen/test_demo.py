@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mmgen_kernels as mk
 from mmgen.cli import main
 from mmgen.tasks import digits
 from mmgen.tasks.comparison import Side, agreement, as_text, compare, table
@@ -116,6 +117,20 @@ def test_a_transformer_is_trained_as_the_options_say(tmp_path):
         main(f"sample --run {tmp_path} --samples 2 --steps 3 --scheduler {name} --guidance 1.5 --seed 3 --out {out}".split())
         drawn.append(out.read_bytes())
     assert drawn[0] != drawn[1] == drawn[2]
+
+
+def test_ancestral_steps_follow_a_learned_variance(tmp_path, monkeypatch):
+    small = "--steps 2 --batch-size 2 --hidden-size 16 --num-heads 2 --depth 1 --threads 1"
+    main(f"train-dit {small} --target epsilon --learn-sigma --out {tmp_path}".split())
+    asked, step = [], mk.schedulers.DDPMScheduler.step
+
+    def watched(scheduler, output, *args, **options):
+        asked.append((scheduler.config.variance_type, output.shape[1]))
+        return step(scheduler, output, *args, **options)
+
+    monkeypatch.setattr(mk.schedulers.DDPMScheduler, "step", watched)
+    main(f"sample --run {tmp_path} --samples 2 --steps 3 --scheduler DDPMScheduler --out {tmp_path / 'digits.png'}".split())
+    assert asked == [("learned_range", 2)] * 3
 
 
 @pytest.mark.parametrize(

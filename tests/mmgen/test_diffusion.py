@@ -190,16 +190,17 @@ def test_a_sample_is_the_same_however_many_are_drawn(name, target, options):
     assert not torch.equal(few, sample(Wavy(target), LABELS[:2], (name, config_of(target, options)), 5, key=KEY + 1))
 
 
+class Learned(Oracle):
+    def __init__(self, v):
+        super().__init__("epsilon")
+        self.v = v
+
+    def __call__(self, x, t, y):
+        mean = super().__call__(x, t, y) + torch.sin(x)
+        return torch.cat([mean, torch.full_like(x, self.v)], dim=1)
+
+
 def test_a_learned_variance_reaches_from_the_least_to_the_greatest():
-    class Learned(Oracle):
-        def __init__(self, v):
-            super().__init__("epsilon")
-            self.v = v
-
-        def __call__(self, x, t, y):
-            mean = super().__call__(x, t, y) + torch.sin(x)
-            return torch.cat([mean, torch.full_like(x, self.v)], dim=1)
-
     def draw(v, variance_type):
         config = DDPM.betas | {"variance_type": variance_type, "clip_sample": False}
         return sample(Learned(v), LABELS, ("DDPMScheduler", config), 8, key=KEY)
@@ -207,6 +208,24 @@ def test_a_learned_variance_reaches_from_the_least_to_the_greatest():
     torch.testing.assert_close(draw(-1.0, "learned_range"), draw(0.0, "fixed_small"))
     torch.testing.assert_close(draw(1.0, "learned_range"), draw(0.0, "fixed_large"))
     assert (draw(1.0, "learned_range") - draw(-1.0, "learned_range")).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+@pytest.mark.parametrize(("v", "fixed"), [(-1.0, "fixed_small"), (1.0, "fixed_large")])
+def test_ddpm_by_its_name_reads_a_learned_variance(v, fixed, guidance_scale):
+    def draw(sampler):
+        return sample(Learned(v), LABELS, sampler, 8, key=KEY, guidance_scale=guidance_scale)
+
+    wanted = schedulers.DDPMScheduler(**DDPM.betas, variance_type=fixed, clip_sample=False)
+    torch.testing.assert_close(draw(DDPM.scheduler_named("DDPMScheduler", learn_sigma=True)), draw(wanted))
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_variance_that_the_model_does_not_say_is_missed(as_object):
+    config = DDPM.betas | {"variance_type": "learned_range"}
+    sampler = schedulers.DDPMScheduler(**config) if as_object else ("DDPMScheduler", config)
+    with pytest.raises(ValueError, match=r"scheduler must not read a variance, .* got variance_type='learned_range'"):
+        sample(Oracle("epsilon"), LABELS, sampler, 2, key=KEY)
 
 
 @pytest.mark.parametrize(
