@@ -356,6 +356,22 @@ def test_spacing():
         np.testing.assert_allclose(np.asarray(getattr(d, name)), getattr(stock, name), rtol=1e-11, err_msg=name)
 
 
+@pytest.mark.parametrize("built_there", (False, True))
+def test_what_inference_mode_made_can_be_trained_with(built_there):
+    """Validation in inference mode sends the tables first; training keeps them for its backward."""
+    x, t = pictures(dtype=torch.float32).requires_grad_(), torch.linspace(0, 6, B).long()
+    model = Model("LEARNED_RANGE", torch.float32)
+    with torch.inference_mode(built_there):
+        d = mk.create_diffusion("7")
+    with torch.inference_mode():
+        d.training_losses(model, pictures(dtype=torch.float32), t)
+        d.calc_bpd_loop(model, pictures(dtype=torch.float32))
+        d.p_sample(model, pictures(dtype=torch.float32), t)
+    loss = d.training_losses(model, x.detach(), t)["loss"].mean()
+    (loss + d.p_sample(model, x, t)["sample"].mean() + d.q_sample(x, t).mean()).backward()
+    assert model.weight.grad.isfinite().all() and x.grad.isfinite().all()
+
+
 def test_copies():
     d, _ = pair(respacing="5")
     x, t, model = numbers(3), timesteps(d), Model("LEARNED_RANGE")

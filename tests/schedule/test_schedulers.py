@@ -296,6 +296,30 @@ def test_inference_mode(class_name):
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True)) and len(again) == len(scheduler.timesteps)
 
 
+@pytest.mark.parametrize("class_name", DEFAULTS)
+def test_what_inference_mode_made_has_derivatives_afterwards(class_name):
+    """Validation in inference mode, as trainers have it, must not leave plans or levels that autograd cannot keep."""
+    scheduler = made(class_name)
+
+    def slope():
+        x = image(7, SHAPE).float().requires_grad_()
+        scheduler.set_timesteps(6)
+        call = {"model_output": 0.3 * x, "timestep": scheduler.timesteps[0], "sample": x, **past(scheduler)}
+        if class_name in NOISY:
+            call["generator"] = torch.Generator().manual_seed(3)
+        (found,) = torch.autograd.grad(scheduler.step(**call, return_dict=False)[0].sum(), x)
+        return found
+
+    expected = slope()
+    with torch.inference_mode():
+        scheduler = made(class_name)
+        sampled(scheduler)
+    assert same_bits(slope(), expected)
+    if "add_noise" in dir(scheduler):
+        x = image(7, SHAPE).float().requires_grad_()
+        scheduler.add_noise(x, image(8, SHAPE).float(), scheduler.timesteps[:1]).sum().backward()
+
+
 def test_a_run_like_the_last_one_is_not_planned_again():
     scheduler = made("UniPCMultistepScheduler")
     first = sampled(scheduler, steps=6)

@@ -30,8 +30,11 @@ class Tables:
     """
     Args:
         betas: fp64 (T,), in (0, 1].
+
+    Whoever makes one in inference mode, or asks for a table there first, may train with it afterwards.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, betas: Tensor, mean: ModelMeanType, variance: ModelVarType):
         self.betas, self.mean, self.variance = betas, mean, variance
         alphas = 1 - betas
@@ -57,7 +60,8 @@ class Tables:
             if len(self._sent) >= MOST_TABLES:
                 del self._sent[next(iter(self._sent))]
             made = getattr(self, name)
-            self._sent[asked] = (made if isinstance(made, Tensor) else made(*arguments)).to(device)
+            with torch.inference_mode(False):
+                self._sent[asked] = (made if isinstance(made, Tensor) else made(*arguments)).to(device)
         return self._sent[asked]
 
     # -- variances ----------------------------------------------------------------------------------------------------

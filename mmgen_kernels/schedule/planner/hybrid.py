@@ -15,6 +15,7 @@ PREDICTIONS = ("epsilon", "sample", "v", "previous")
 VARIANCES = ("learned_range", "learned", "fixed_small", "fixed_large")
 
 
+@torch.inference_mode(False)  # autograd keeps it
 def hybrid_table(betas: Tensor | Sequence[float], *, prediction: str = "epsilon", variance: str = "learned_range") -> Tensor:
     """The table of `hybrid_loss`, made once from the noise schedule.
 

@@ -92,6 +92,7 @@ class Scheduler(Configured):
     class_name: str  # diffusers'
     order = 1
 
+    @torch.inference_mode(False)  # or autograd could not keep the levels
     def __init__(self, *args: Any, **kwargs: Any):
         bound = self.__signature_of_init__().bind(*args, **kwargs)
         bound.apply_defaults()
@@ -143,6 +144,7 @@ class Scheduler(Configured):
         self._step_index = self._begin_index = None
         self.forget()
 
+    @torch.inference_mode(False)
     def set_levels(self, levels: Schedule, device: torch.device | str | None = None) -> None:
         self.timesteps = torch.tensor(levels.timesteps, dtype=getattr(torch, levels.timestep_dtype), device=device)
         self.sigmas = None if levels.sigmas is None else torch.tensor(levels.sigmas, dtype=torch.float32)

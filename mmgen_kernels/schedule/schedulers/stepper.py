@@ -35,8 +35,9 @@ LEVELS = ("timesteps", "sigmas", "alphas_cumprod")
 
 
 class Table:
-    """A plan as the operator takes it."""
+    """A plan as the operator takes it. Its tensors may be made in inference mode and wanted by autograd later."""
 
+    @torch.inference_mode(False)
     def __init__(self, plan: Plan, alone: int | None = None):
         self.plan, self.alone = plan, alone  # alone: the one timestep that it is of
         rows = torch.tensor(plan.rows, dtype=torch.float64)
@@ -64,8 +65,9 @@ class Table:
         """The table with these inputs alone, and so many lines of a row."""
         if (names, lines) not in self.parts:
             n = len(self.plan.inputs)
-            part = self.rows[:, :lines, [*map(self.plan.inputs.index, names), n, n + 1]]
-            self.parts[names, lines] = part.contiguous()
+            with torch.inference_mode(False):
+                part = self.rows[:, :lines, [*map(self.plan.inputs.index, names), n, n + 1]]
+                self.parts[names, lines] = part.contiguous()
         return self.parts[names, lines]
 
 
