@@ -14,6 +14,7 @@ from mmgen_kernels.schedule.gaussian_diffusion import GaussianDiffusion, create_
 from mmgen_kernels.schedule.ops import (
     HybridLoss,
     UnmaskOutput,
+    VQDiffusionLoss,
     add_noise,
     diffusion_loss,
     guidance,
@@ -21,6 +22,7 @@ from mmgen_kernels.schedule.ops import (
     loss_weight,
     scheduler_step,
     unmask_step,
+    vq_diffusion_loss,
     vq_diffusion_step,
 )
 from mmgen_kernels.schedule.planner.discrete import masking_table, transition_table
@@ -52,6 +54,7 @@ __all__ = [
     "KMeansOutput",
     "RVQOutput",
     "UnmaskOutput",
+    "VQDiffusionLoss",
     "VQOutput",
     "adaln",
     "adaln_attention",
@@ -93,6 +96,7 @@ __all__ = [
     "update_ema",
     "use_backend",
     "vector_quantize",
+    "vq_diffusion_loss",
     "vq_diffusion_step",
 ]
 

@@ -1,6 +1,6 @@
 """Cases of the family's operators and of their backwards."""
 
-from mmgen_kernels.battery.schedule import add_noise, diffusion_loss, discrete, guidance, hybrid_loss, scheduler_step
+from mmgen_kernels.battery.schedule import add_noise, diffusion_loss, discrete, discrete_loss, guidance, hybrid_loss, scheduler_step
 
 CASES = [
     *scheduler_step.CASES,
@@ -9,4 +9,5 @@ CASES = [
     *diffusion_loss.CASES,
     *hybrid_loss.CASES,
     *discrete.CASES,
+    *discrete_loss.CASES,
 ]

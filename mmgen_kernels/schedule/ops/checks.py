@@ -152,13 +152,13 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0, got {value}")
 
 
-def check_of_samples(name: str, values: Tensor, like: Tensor) -> Tensor:
+def check_of_samples(name: str, values: Tensor, like: Tensor, like_name: str = "output") -> Tensor:
     """A float per sample, as (B,)."""
     check_floats(name, values)
     shape, B = tuple(values.shape), like.shape[0]
     if not shape or shape[0] != B or any(n != 1 for n in shape[1:]):
         raise ValueError(f"{name} must be ({B},) or ({B}, 1, ...), a number per sample, got shape {shape}")
-    check_device(name, values, "output", like)
+    check_device(name, values, like_name, like)
     return values if len(shape) == 1 else values.reshape(B)
 
 

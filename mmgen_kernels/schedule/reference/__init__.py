@@ -1,6 +1,7 @@
 """The family in plain PyTorch: the oracle of the tests, the fallback on any device, the baseline of the benchmarks."""
 
 from mmgen_kernels.schedule.reference.discrete import unmask_step, vq_diffusion_step
+from mmgen_kernels.schedule.reference.discrete_loss import vq_diffusion_loss, vq_diffusion_loss_backward
 from mmgen_kernels.schedule.reference.losses import (
     COLUMNS,
     diffusion_loss,
@@ -36,5 +37,7 @@ __all__ = [
     "scheduler_step",
     "scheduler_step_backward",
     "unmask_step",
+    "vq_diffusion_loss",
+    "vq_diffusion_loss_backward",
     "vq_diffusion_step",
 ]
