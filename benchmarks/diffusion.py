@@ -28,6 +28,8 @@ MODEL, SAMPLES = (384, 12, 6), 4  # DiT-S/2
 QUICK = ("losses/8x4x64x64",)
 TIMES = (0, 1, 100, 500, 999)
 TOLERANCE = 1e-4
+STEP_CASES = {"fp32": f"step/DiT-S-2-{SAMPLES}", "autocast": f"step/DiT-S-2-{SAMPLES}-autocast"}
+STEP_TOLERANCES = {"fp32": 1e-3, "autocast": 5e-2}
 
 
 def diffusion_of(who: str) -> Any:
@@ -148,7 +150,7 @@ def case(
 # -- a training step ----------------------------------------------------------------------------------------------------
 
 
-def training(parts: Callable[[Any], Script]) -> Callable[..., Callable]:
+def training(parts: Callable[[Any], Script], autocast: bool = False) -> Callable[..., Callable]:
     """A step of the script: the loss and the first layer's gradient. With a learning rate of 0 and one seed, each is the same."""
 
     def make(model: Any, x: Tensor, y: Tensor) -> Callable:
@@ -158,12 +160,34 @@ def training(parts: Callable[[Any], Script]) -> Callable[..., Callable]:
 
         def step() -> tuple[Tensor, Tensor]:
             torch.manual_seed(0)
-            loss = dit_script.training_step(found.model, ema, optimizer, found.diffusion, found.update_ema, x, y)
+            parts = (found.model, ema, optimizer, found.diffusion, found.update_ema)
+            loss = dit_script.training_step(*parts, x, y, torch.bfloat16 if autocast else None)
             return loss, found.model.x_embedder.weight.grad
 
         return step
 
     return make
+
+
+class CompiledLosses:
+    """The script's losses with its model as one graph. The normals are drawn before it: Inductor's own are others."""
+
+    def __init__(self, diffusion: Any, model: Any):
+        self.num_timesteps = diffusion.num_timesteps
+
+        def losses(x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+            return diffusion.training_losses(model, x, t, {"y": y}, noise=noise)
+
+        self.losses = compile_static(losses, next(model.parameters()).device)
+
+    def training_losses(self, model: Any, x: Tensor, t: Tensor, model_kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.losses(x, t, model_kwargs["y"], torch.randn_like(x))
+
+
+def compiled_script(model: Any) -> Script:
+    found = script(False, model)
+    found.diffusion = CompiledLosses(found.diffusion, model)
+    return found
 
 
 def in_fp64(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -174,8 +198,9 @@ def in_fp64(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return training(lambda model: parts)(parts.model, x.cpu().double(), y.cpu())()
 
 
-def training_case(device: torch.device) -> Case:
+def training_case(precision: str, device: torch.device) -> Case:
     D, depth, H = MODEL
+    autocast = precision == "autocast"
     truth: list[Tensor] = []
 
     def inputs(tiny: bool) -> dict[str, tuple]:
@@ -189,27 +214,28 @@ def training_case(device: torch.device) -> Case:
         return {"error": max(relative_error(o, e) for o, e in zip(output, truth, strict=True))}
 
     return Case(
-        name=f"step/DiT-S-2-{SAMPLES}",
+        name=STEP_CASES[precision],
         group="step",
         contestants=[
-            Contestant("ours", training(lambda model: script(True, model)), requires="mmgen_kernels"),
-            Contestant("eager", training(lambda model: script(False, model))),
+            Contestant("ours", training(lambda model: script(True, model), autocast), requires="mmgen_kernels"),
+            Contestant("eager", training(lambda model: script(False, model), autocast)),
+            Contestant("compile", training(compiled_script, autocast), compiles=True),
         ],
         inputs=inputs,
         judge=judge,
         flops=flops(SAMPLES, 256, D, depth),
         bytes=0.0,
-        limit="fma_gflops",
+        limit="bf16_gflops" if autocast else "fma_gflops",
         dims={"B": SAMPLES, "T": 256, "D": D, "H": H},
-        tolerance=1e-3,
-        note=f"DiT-S/2, {SAMPLES} samples: losses with the bound, backward, AdamW, moving average",
+        tolerance=STEP_TOLERANCES[precision],
+        note=f"DiT-S/2, {SAMPLES} samples, {precision}: losses with the bound, backward, AdamW, moving average",
     )
 
 
 def cases(device: torch.device) -> list[Case]:
     found = [losses_case(shape, device) for shape in LATENTS]
     found += [step_case(name, shape, device) for name in STEPS for shape in LATENTS]
-    return [*found, training_case(device)]
+    return [*found, *(training_case(precision, device) for precision in STEP_CASES)]
 
 
 # -- bars ---------------------------------------------------------------------------------------------------------------
@@ -219,4 +245,6 @@ def bars(results: dict[str, dict]) -> list[Bar]:
     """What the project promises of a script that is patched, on a CPU."""
     found = [faster(results, f"losses/{shape}", "ours, patched", "eager", 3.0) for shape in LATENTS]
     found += [faster(results, f"p_sample/{shape}", "ours, patched", "eager", 2.0) for shape in LATENTS]
-    return [*found, faster(results, f"step/DiT-S-2-{SAMPLES}", "ours", "eager", 1.15)]
+    for name in STEP_CASES.values():
+        found += [faster(results, name, "ours", "eager", 1.15), faster(results, name, "ours", "compile", 1.0)]
+    return found

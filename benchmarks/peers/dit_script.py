@@ -3,6 +3,8 @@ checkpoints. The patches' embedding and the optimizer are what a script would us
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,10 +102,13 @@ class LatentDiT(DiT):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, size, size)
 
 
-def training_step(model, ema, optimizer, diffusion, update_ema, x: Tensor, y: Tensor) -> Tensor:
-    """A step of DiT's training: latents (B, 4, S, S) and labels (B,)."""
+def training_step(
+    model, ema, optimizer, diffusion, update_ema, x: Tensor, y: Tensor, autocast: torch.dtype | None = None
+) -> Tensor:
+    """A step of DiT's training: latents (B, 4, S, S) and labels (B,). `autocast`: the dtype that forward and losses are cast to."""
     t = torch.randint(0, diffusion.num_timesteps, (x.shape[0],), device=x.device)
-    loss = diffusion.training_losses(model, x, t, {"y": y})["loss"].mean()
+    with torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext():
+        loss = diffusion.training_losses(model, x, t, {"y": y})["loss"].mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
