@@ -95,7 +95,7 @@ struct Positions {
   }
 
   // use(b, n, w, e) for each position that wants it, with K logits and K + 1 exponentials; what is beyond them in a row is -Inf, and
-  // Inf: of no weight, and never the first.
+  // NaN: of no weight, and never the first, also where no class is.
   template <class Wanted, class Use>
   void each(const Wanted& wanted, const Use& use) const {
     const int64_t K = logits.classes, size = padded(K + 1), block = logits.dense() && (!noise || noise->dense()) ? 1 : kernels.width;
@@ -108,7 +108,7 @@ struct Positions {
         for (int64_t n = first; n < first + rows; ++n) any |= wanted(b, n);
         if (!any) continue;
         load(logits, b, first, rows, K, w.data(), size, -std::numeric_limits<Real>::infinity());
-        if (noise) load(*noise, b, first, rows, noise->classes, e.data(), size, std::numeric_limits<Real>::infinity());
+        if (noise) load(*noise, b, first, rows, noise->classes, e.data(), size, std::numeric_limits<Real>::quiet_NaN());
         for (int64_t n = first; n < first + rows; ++n) {
           if (!wanted(b, n)) continue;
           Real* const numbers = e.data() + (noise ? (n - first) * size : 0);
@@ -131,7 +131,7 @@ struct Positions {
     const int64_t K = logits.classes, row = (K + 4) / 4 * 4, at = ((key_per_sample ? 0 : b * logits.positions) + n) * row;
     const uint64_t* key = keys.data() + (key_per_sample ? 2 * b : 0);
     fill(key[0], key[1], at, at + K + 1, out);
-    std::fill(out + K + 1, out + size, std::numeric_limits<Real>::infinity());
+    std::fill(out + K + 1, out + size, std::numeric_limits<Real>::quiet_NaN());
   }
 };
 
@@ -154,10 +154,10 @@ struct Weights {
   bool defined;
 
   Weights(const Transition& t, bool masked, double own_p, int64_t K) {
-    const double kept = t.A + t.B > 0 ? t.A / (t.A + t.B) : 1, rest = 1 - kept * own_p;
+    const double new_here = t.A + t.B > 0 ? t.B / (t.A + t.B) : 0, rest = (1 - own_p) + new_here * own_p;
     share = masked ? t.A_1 : t.b * t.A_1;
     even = masked ? t.B_1 : t.b * t.B_1 * rest;
-    own = masked ? 0 : (t.a + t.b) * (t.A_1 * (1 - kept) * own_p + t.B_1 * rest);
+    own = masked ? 0 : (t.a + t.b) * (t.A_1 * new_here * own_p + t.B_1 * rest);
     mask = masked && t.C_1 > 0 ? t.C_1 / t.c : 0;
     const double total = share * (1 - own_p) + even * static_cast<double>(K - !masked) + own + mask;
     defined = total > 0 && std::isfinite(total);
@@ -191,7 +191,7 @@ void diffuse(const Positions<Real>& positions, const Steps& steps, const int64_t
       return;
     }
     const Real of_x = e[x], share = static_cast<Real>(v.share / p.total), even = static_cast<Real>(v.even);
-    e[x] = e[K] = std::numeric_limits<Real>::infinity();  // x_t, code or mask, has a weight of its own
+    e[x] = e[K] = std::numeric_limits<Real>::quiet_NaN();  // x_t, code or mask, has a weight of its own
     Winner<Real> best = positions.kernels.race(w, e, size, share, even);
     const Real own = static_cast<Real>(masked ? v.mask : v.own), score = own / of_x;
     if (score > best.score || (score == best.score && x < best.index)) best.index = x;
@@ -223,7 +223,7 @@ void unmask(const Positions<Real>& positions, const Steps& steps, const int64_t*
     const Softmax<Real> p = positions.kernels.exponentials(w, size, static_cast<Real>(temperature == 0 ? 1 : 1 / temperature));
     if (!std::isfinite(p.total)) return;
     const double wait = waits.empty() ? e[K] : waits[b * N + n], heat = steps.row(b)[1];
-    e[K] = std::numeric_limits<Real>::infinity();
+    e[K] = std::numeric_limits<Real>::quiet_NaN();
     if (temperature != 0) best = positions.kernels.race(w, e, size, 1, 0);
     pred[b * N + n] = best.index;
     const double found = std::log(w[best.index] / p.total) - (heat == 0 ? 0 : heat * std::log(wait));

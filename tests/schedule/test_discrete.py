@@ -118,6 +118,52 @@ def test_tables():
     assert mk.masking_table(3, temperature=1.0)[:, 1].tolist() == pytest.approx([1.0, 0.505, 0.01])
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_what_differs_from_absorbing_by_a_rounding_is_absorbing(implementation, dtype):
+    """1 - (a + (1 - a)) is not 0: codes that could have become others by that, but none by all steps, would all become others."""
+    for kept in (torch.linspace(0.99, 0.01, 50, dtype=dtype), torch.exp(-torch.linspace(0.01, 8, 50, dtype=dtype))):
+        rows = mk.transition_table(kept, 16, gammas_cumprod=1 - kept)
+        assert (rows[:, [1, 4, 7]] == 0).all()
+        for step in range(50):
+            codes = randint(0, 16, (1, 64), step)
+            assert torch.equal(mk.vq_diffusion_step(randn(1, 64, 16, seed=step), codes, rows, step, noise=KEY), codes)
+
+
+@pytest.mark.parametrize("size", (1e-10, 1e-17, 1e-25))
+def test_codes_that_hardly_become_others_have_their_probability(implementation, size):
+    """1 - A / (A + B) is 0 in fp64 from B = 1e-17 on: what is not said that way is not lost."""
+    p = torch.softmax(torch.tensor([0.0, 3.0, -3.0], dtype=torch.float64), 0)
+    row = torch.tensor([1 - 3 * size, size, 0, 0.9, size, 0.1, 0.95, size / 2, 0.05], dtype=torch.float64)
+    own = (1 - 2 * size) * (0.95 * size / 0.9 * p[1] + size / 2 * (1 - p[1]))
+    others = size * (0.95 * (1 - p[1]) + size * (1 - p[1]))
+    where = torch.ones(1, 1, dtype=torch.int64)
+    drawn = mk.vq_diffusion_step(p.log()[None, None], where, row[None], 0, noise=torch.ones(1, 1, 4), return_log_prob=True)
+    assert drawn[0].item() == 1 and drawn[1].item() == pytest.approx(math.log(own / (own + others)), rel=1e-6)
+
+
+def test_where_no_number_is_one_the_first_class_is_drawn(implementation):
+    """Never one that there is not, as of the padding of a row."""
+    nan = torch.full((2, 3, 6), torch.nan)
+    rows, logits = table("mask_and_replace", 5), randn(2, 3, 5, seed=1)
+    assert (mk.vq_diffusion_step(logits, torch.full((2, 3), 5), rows, 2, noise=nan) == 0).all()
+    drawn = mk.unmask_step(logits, torch.full((2, 3), 9), mk.masking_table(1), 0, mask_id=9, noise=(nan[..., :5], nan[..., 5]))
+    assert (drawn.prev_sample == 0).all()
+
+
+def test_the_likeliest_is_that_of_the_logits(implementation):
+    """Also where the logarithm of its probability is that of others to a rounding."""
+    logits, masked = 1e-9 * randn(50, 1, 4096, seed=2).float(), torch.full((50, 1), -1)
+    drawn = mk.unmask_step(logits, masked, mk.masking_table(1), 0, mask_id=-1, noise=KEY, temperature=0)
+    assert torch.equal(drawn.prev_sample, logits.argmax(-1))
+
+
+@pytest.mark.parametrize(("ratio", "waiting"), ((math.inf, 5), (1e30, 5), (2.0, 5), (-1.0, 0), (math.nan, 0)))
+def test_ratios_beyond_1_mask_all_but_one(implementation, ratio, waiting):
+    rows = torch.tensor([[ratio, 0.0]], dtype=torch.float64)
+    given = mk.unmask_step(randn(2, 6, 5, seed=1), torch.full((2, 6), 5), rows, 0, mask_id=5, noise=KEY)
+    assert ((given.prev_sample == 5).sum(1) == waiting).all()
+
+
 # -- diffusers --------------------------------------------------------------------------------------------------------
 
 

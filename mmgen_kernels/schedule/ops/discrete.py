@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels import backends, library
-from mmgen_kernels.checks import check_device, check_floats
+from mmgen_kernels.checks import check_device, check_floats, check_number
 from mmgen_kernels.philox.ops import checked_key
-from mmgen_kernels.schedule.ops.checks import FAMILY, check_finite, check_step
+from mmgen_kernels.schedule.ops.checks import FAMILY, check_step
 from mmgen_kernels.schedule.reference import discrete as reference
 
 
@@ -48,7 +48,7 @@ def vq_diffusion_step(
             ``-ln((word + 1/2) / 2^32)`` of element ``n R + k`` of the stream of ``fold_in(key, step)``, with R = K + 1 rounded up
             to a multiple of 4; one key has the positions of all samples one after the other. Or E itself, a float tensor of
             logits' shape with K + 1 classes (Gumbel noise G is ``exp(-G)``). None draws a key from torch's generator.
-        temperature: above 0.
+        temperature: from 1e-30 to 1e30.
         dim: of logits and of E, the dimension of the classes: -1 or 1.
         return_log_prob: the logarithm of the drawn class's probability too.
 
@@ -68,9 +68,7 @@ def vq_diffusion_step(
     logits = classes_last("logits", logits, dim)
     check_codes("x_t", x_t, logits)
     check_table("transitions", transitions, reference.ROW, step, logits)
-    check_finite("temperature", temperature)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_temperature(temperature)
     if return_log_prob and torch.is_grad_enabled() and logits.requires_grad:
         raise ValueError("return_log_prob has no derivative here: detach logits, or call under torch.no_grad()")
     if noise is None:
@@ -112,7 +110,7 @@ def unmask_step(
         mask_id: the code of a masked position, any int.
         noise: a key, int64 (2,) or (B, 2), whose numbers are those of `vq_diffusion_step`, element K being the confidence's. Or
             (E, E_K): float tensors of logits' shape, which temperature 0 does not need, and of (B, N). None draws a key.
-        temperature: of the codes; 0 takes the likeliest, whose confidence is that of temperature 1.
+        temperature: of the codes, from 1e-30 to 1e30; or 0, which takes the likeliest, with the confidence of temperature 1.
         dim: of logits and of E, the dimension of the codes: -1 or 1.
 
     Returns:
@@ -130,9 +128,7 @@ def unmask_step(
     logits = classes_last("logits", logits, dim)
     check_codes("sample", sample, logits)
     check_table("schedule", schedule, 2, step, logits)
-    check_finite("temperature", temperature)
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    check_temperature(temperature, or_none="0 or ")
     if not isinstance(mask_id, (int, torch.SymInt)) or isinstance(mask_id, bool):
         raise TypeError(f"mask_id must be an int, got {type(mask_id).__name__}")
     if noise is None:
@@ -173,6 +169,13 @@ def classes_last(name: str, tensor: Tensor, dim: int) -> Tensor:
         wanted = "(B, N, K)" if dim == -1 else "(B, K, N)"
         raise ValueError(f"{name} must be {wanted} with K >= 1, got shape {tuple(tensor.shape)}")
     return tensor if dim == -1 else tensor.transpose(1, 2)
+
+
+def check_temperature(temperature: float, or_none: str = "") -> None:
+    """Beyond, fp32 does not hold the inverse: 0 times a logit of -Inf would be NaN."""
+    check_number("temperature", temperature)
+    if not (1e-30 <= temperature <= 1e30 or (or_none and temperature == 0)):
+        raise ValueError(f"temperature must be {or_none}from 1e-30 to 1e30, got {temperature}")
 
 
 def check_codes(name: str, codes: Tensor, logits: Tensor) -> None:

@@ -18,14 +18,14 @@ def transition_table(alphas_cumprod: Tensor, num_codes: int, *, gammas_cumprod: 
 
     After t steps a code is what it was with probability ``A_t + B_t``, any other code with ``B_t`` and the mask with ``C_t``, where
     A is `alphas_cumprod`, C `gammas_cumprod` and ``B = (1 - A - C) / num_codes``. Step t alone has ``a = A_t / A_{t-1}``,
-    ``1 - c = (1 - C_t) / (1 - C_{t-1})`` and ``b = (1 - a - c) / num_codes``. Entry 0 is after the first step; a sampler that takes
-    fewer steps than training picks the entries that it stops at.
+    ``1 - c = (1 - C_t) / (1 - C_{t-1})`` and ``b = (1 - a - c) / num_codes``, which is ``(B_t - a B_{t-1}) / (1 - C_{t-1})``. Entry 0
+    is after the first step; a sampler that takes fewer steps than training picks the entries that it stops at.
 
     Args:
         alphas_cumprod: (T,), falling from nearly 1.
         num_codes: K, the mask not counted.
-        gammas_cumprod: (T,), rising. None: 1 - alphas_cumprod, the absorbing diffusion, in which no code becomes another one.
-            Zeros: the uniform diffusion, which has no mask.
+        gammas_cumprod: (T,), rising. None: 1 - alphas_cumprod, the absorbing diffusion, in which no code becomes another one; what
+            differs from that by a rounding is taken for it. Zeros: the uniform diffusion, which has no mask.
 
     Returns:
         (T, 9), fp64, on the CPU: a, b, c, A_t, B_t, C_t, A_{t-1}, B_{t-1}, C_{t-1}.
@@ -56,7 +56,10 @@ def transition_table(alphas_cumprod: Tensor, num_codes: int, *, gammas_cumprod: 
     else:
         masked = torch.cat((zero, gammas_cumprod.detach().cpu().double()))
         c = 1 - (1 - masked[1:]) / (1 - masked[:-1])
-        replaced, b = ((1 - keep - mask).clamp(min=0) / num_codes for keep, mask in ((kept, masked), (a, c)))
+        left = 1 - kept - masked
+        rounding = max(torch.finfo(v.dtype).eps for v in (kept, alphas_cumprod, gammas_cumprod) if v.is_floating_point())
+        replaced = torch.where(left.abs() <= rounding, 0, left).clamp(min=0) / num_codes
+        b = ((replaced[1:] - a * replaced[:-1]) / (1 - masked[:-1])).clamp(min=0)  # of no B none: codes would all become others
     return torch.stack((a, b, c, kept[1:], replaced[1:], masked[1:], kept[:-1], replaced[:-1], masked[:-1]), 1)
 
 

@@ -37,11 +37,11 @@ def vq_diffusion_step(
     masked = x_t == K
     settled = torch.where(masked, (c <= 0) & (C_1 > 0), b <= 0)  # nothing else can have become x_t
     own_p = p.gather(-1, x_t.clamp(max=K - 1)[..., None])[..., 0].double() * ~masked  # (B, N)
-    kept = torch.where(A + B_ > 0, A / (A + B_), 1.0)  # of x_t, how much of it was x_0 all along
-    rest = 1 - kept * own_p
+    new = torch.where(A + B_ > 0, B_ / (A + B_), 0.0)  # of x_t, how much of it was not x_0 all along
+    rest = (1 - own_p) + new * own_p
     share = torch.where(masked, A_1, b * A_1)
     even = torch.where(masked, B_1, b * B_1 * rest)
-    own = torch.where(masked, 0.0, (a + b) * (A_1 * (1 - kept) * own_p + B_1 * rest))
+    own = torch.where(masked, 0.0, (a + b) * (A_1 * new * own_p + B_1 * rest))
     mask = torch.where(masked & (C_1 > 0), C_1 / c, 0.0)
     total = share * (1 - own_p) + even * (K - (~masked).double()) + own + mask
     share, even, own, mask = (w / total for w in (share, even, own, mask))
@@ -73,13 +73,14 @@ def unmask_step(
 ) -> tuple[Tensor, Tensor]:
     K = logits.shape[-1]
     dtype = wide_dtype(logits, noise, confidence_noise)
-    log_p = torch.log_softmax(logits.to(dtype) * (1 / temperature if temperature > 0 else 1.0), -1)  # (B, N, K)
+    wide = logits.to(dtype)
+    log_p = torch.log_softmax(wide * (1 / temperature if temperature > 0 else 1.0), -1)  # (B, N, K)
     wait = confidence_noise
     if key is not None:
         drawn = exponentials(None, key, schedule, index, step, logits, dtype)
         noise, wait = drawn[..., :K], drawn[..., K]
     assert wait is not None
-    chosen = log_p.argmax(-1) if temperature == 0 or noise is None else race(log_p.exp(), noise.to(dtype))
+    chosen = wide.argmax(-1) if temperature == 0 or noise is None else race(log_p.exp(), noise.to(dtype))
     found = log_p.gather(-1, chosen[..., None])[..., 0]  # (B, N)
     ratio, heat = row_at(schedule, index, step)
     confidence = found - torch.where(heat == 0, 0.0, heat.to(dtype) * wait.to(dtype).log())
@@ -91,7 +92,7 @@ def remasked(pred: Tensor, confidence: Tensor, sample: Tensor, ratio: Tensor, ma
     """The least confident of those that were masked are so again: as many as the ratio asks for, of equal ones the first."""
     unknown = sample == mask_id
     known = unknown.sum(1, keepdim=True)  # (B, 1): how many were masked
-    wanted = torch.floor(sample.shape[1] * ratio.float()).to(torch.int64)
+    wanted = torch.floor(sample.shape[1] * ratio.float()).clamp(max=sample.shape[1]).to(torch.int64)
     wanted = (known - 1).minimum(wanted).clamp(min=1).minimum(known) * (ratio > 0)
     limits = torch.finfo(confidence.dtype)
     confidence = confidence.nan_to_num(nan=-torch.inf, posinf=limits.max, neginf=-torch.inf)
@@ -102,7 +103,8 @@ def remasked(pred: Tensor, confidence: Tensor, sample: Tensor, ratio: Tensor, ma
 
 def race(v: Tensor, noise: Tensor) -> Tensor:
     """(B, N, K) -> (B, N). Of equal ones the first; what is not a number does not win."""
-    return (v / noise).nan_to_num(nan=-1.0, posinf=torch.inf).argmax(-1)
+    scores = v / noise
+    return torch.where(scores.isnan(), -torch.inf, scores).argmax(-1)
 
 
 def exponentials(

@@ -39,13 +39,13 @@ def transition(row):
 
 @triton.jit
 def exponentials_at(pointer, start, k, valid, by_class, known, seed, offset, first, WIDE: tl.constexpr, TILE_K: tl.constexpr):
-    """(positions, classes): given; or of the stream, in whose block `first` a position's classes begin. Inf from `known` on."""
+    """(positions, classes): given; or of the stream, in whose block `first` a position's classes begin. NaN from `known` on."""
     if pointer is None:
         a, b, c, d = block_of(seed, offset + first + (start // 4 + tl.arange(0, TILE_K // 4)[None, :]))
         e = -log_uniform(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)), WIDE)
     else:
         e = widen(tl.load(pointer + k * by_class, mask=valid & (k < known), other=1.0), WIDE)
-    return tl.where(k < known, e, float("inf"))
+    return tl.where(k < known, e, float("nan"))
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -145,7 +145,7 @@ def draw_codes(
         else:
             e = exponentials_at(e_at, start, k, valid, e_class, known, seed, offset, first, WIDE, TILE_K)
             score = divide(v, e)
-        score = tl.where(score == score, score, -1.0)
+        score = tl.where(score == score, score, float("-inf"))
         fastest, which = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True, keep_dims=True)
         leads = fastest > best
         of_fastest = tl.sum(tl.where(columns == which, v, 0.0), 1, keep_dims=True)
