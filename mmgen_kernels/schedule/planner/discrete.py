@@ -18,8 +18,8 @@ def transition_table(alphas_cumprod: Tensor, num_codes: int, *, gammas_cumprod: 
 
     After t steps a code is what it was with probability ``A_t + B_t``, any other code with ``B_t`` and the mask with ``C_t``, where
     A is `alphas_cumprod`, C `gammas_cumprod` and ``B = (1 - A - C) / num_codes``. Step t alone has ``a = A_t / A_{t-1}``,
-    ``1 - c = (1 - C_t) / (1 - C_{t-1})`` and ``b = (1 - a - c) / num_codes``, which is ``(B_t - a B_{t-1}) / (1 - C_{t-1})``. Entry 0
-    is after the first step; a sampler that takes fewer steps than training picks the entries that it stops at.
+    ``1 - c = (1 - C_t) / (1 - C_{t-1})`` and ``b = (1 - a - c) / num_codes``, which is ``(B_t - a B_{t-1}) / (1 - C_{t-1})``. Entry
+    0 is after the first step; a sampler that takes fewer steps than training picks the entries that it stops at.
 
     Args:
         alphas_cumprod: (T,), falling from nearly 1.
