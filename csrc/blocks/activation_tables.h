@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "simd/instruction_set.h"
+#include "simd/tables.h"
 
 namespace mmgen_kernels::blocks {
 
@@ -17,17 +17,8 @@ struct ActivationKernels {
                              void* grad_gate, void* grad_value);
 };
 
-extern const ActivationKernels scalar_activations;
-#if defined(__x86_64__)
-extern const ActivationKernels avx2_activations, avx512_activations;
-#endif
+extern const ActivationKernels scalar_activations, avx2_activations, avx512_activations;
 
-inline const ActivationKernels& activations_of(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set >= InstructionSet::avx512) return avx512_activations;  // and what goes beyond it
-  if (set == InstructionSet::avx2) return avx2_activations;
-#endif
-  return scalar_activations;
-}
+inline const ActivationKernels& activations_of(InstructionSet set) { return table_of<scalar_activations, avx2_activations, avx512_activations>(set); }
 
 }  // namespace mmgen_kernels::blocks

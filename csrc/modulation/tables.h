@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "simd/instruction_set.h"
+#include "simd/tables.h"
 
 namespace mmgen_kernels::modulation {
 
@@ -66,26 +66,11 @@ struct Kernels {
 };
 
 extern const Kernels<double> fp64_kernels;
-extern const Kernels<float> scalar_kernels;
-#if defined(__x86_64__)
-extern const Kernels<float> avx2_kernels, avx512_kernels, avx512_bf16_kernels;
-#endif
+extern const Kernels<float> scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;
 
 template <class Real>
-const Kernels<Real>& kernels_of(InstructionSet set);
-
-template <>
-inline const Kernels<double>& kernels_of<double>(InstructionSet) {
-  return fp64_kernels;
-}
-template <>
-inline const Kernels<float>& kernels_of<float>(InstructionSet set) {
-#if defined(__x86_64__)
-  if (rounds_to_bf16(set)) return avx512_bf16_kernels;
-  if (set >= InstructionSet::avx512) return avx512_kernels;  // and what goes beyond it
-  if (set == InstructionSet::avx2) return avx2_kernels;
-#endif
-  return scalar_kernels;
+const Kernels<Real>& kernels_of(InstructionSet set) {
+  return table_of<Real, fp64_kernels, scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels>(set);
 }
 
 }  // namespace mmgen_kernels::modulation

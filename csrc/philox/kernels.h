@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "floats.h"
-#include "simd/instruction_set.h"
+#include "simd/tables.h"
 
 namespace mmgen_kernels::philox {
 
@@ -17,17 +17,8 @@ struct Kernels {
   Fill exponential[2];         // in fp64 and in fp32: -ln((word + 1/2) / 2^32)
 };
 
-extern const Kernels scalar_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512_kernels;
-#endif
+extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
 
-inline const Kernels& kernels_of(InstructionSet set) {
-#if defined(__x86_64__)
-  if (set >= InstructionSet::avx512) return avx512_kernels;  // and what goes beyond it
-  if (set == InstructionSet::avx2) return avx2_kernels;
-#endif
-  return scalar_kernels;
-}
+inline const Kernels& kernels_of(InstructionSet set) { return table_of<scalar_kernels, avx2_kernels, avx512_kernels>(set); }
 
 }  // namespace mmgen_kernels::philox

@@ -56,21 +56,11 @@ struct LossKernels {
 };
 
 extern const LossKernels<double> fp64_losses;
-extern const LossKernels<float> scalar_losses;
-#if defined(__x86_64__)
-extern const LossKernels<float> avx2_losses, avx512_losses;
-#endif
+extern const LossKernels<float> scalar_losses, avx2_losses, avx512_losses;
 
 template <class Real>
 const LossKernels<Real>& losses_of(InstructionSet set) {
-  if constexpr (sizeof(Real) == sizeof(double)) return fp64_losses;
-  else {
-#if defined(__x86_64__)
-    if (set >= InstructionSet::avx512) return avx512_losses;  // and what goes beyond it
-    if (set == InstructionSet::avx2) return avx2_losses;
-#endif
-    return scalar_losses;
-  }
+  return table_of<Real, fp64_losses, scalar_losses, avx2_losses, avx512_losses>(set);
 }
 
 }  // namespace mmgen_kernels::schedule
