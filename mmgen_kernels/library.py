@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as functorch_is_active  # type: ignore[attr-defined]
-from torch._C import _AutoDispatchBelowAutograd as BelowAutograd  # type: ignore[attr-defined]
-from torch._C import _DisableAutocast as NoAutocast  # type: ignore[attr-defined]
+from torch._C import _are_functorch_transforms_active as functorch_is_active
+from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
+from torch._C import _DisableAutocast as NoAutocast
 from torch._C._functorch import unwrap_if_dead
 
 NAMESPACE = "mmgen_kernels"
@@ -209,7 +209,7 @@ class _Eager(torch.autograd.Function):
     """The fast road in eager mode. The form without setup_context costs 12 us less per call."""
 
     @staticmethod
-    def forward(ctx, operator, implementation, *args):  # type: ignore[override]
+    def forward(ctx, operator, implementation, *args):
         with BelowAutograd():
             output = operator.overloads[implementation](*args)
         operator.save(ctx, args, output)
@@ -236,7 +236,7 @@ class _Functorch(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(operator, implementation, *args):  # type: ignore[override]
+    def forward(operator, implementation, *args):
         return operator.overloads[implementation](*args)
 
     @staticmethod
@@ -254,7 +254,7 @@ class _Functorch(torch.autograd.Function):
 
 
 # What Function.apply does where no transform is active, but for the look at each argument's type, which costs 3 us.
-_apply_eager = super(torch.autograd.Function, _Eager).apply  # type: ignore[misc]
+_apply_eager = super(torch.autograd.Function, _Eager).apply
 
 
 def picker(indices: Sequence[int]) -> Callable[[Sequence], tuple]:

@@ -303,7 +303,7 @@ class Rotation(nn.Module):
 
 def rotation(angles: Tensor) -> nn.Module:
     rope = Rotation(angles)
-    rope.forward = TablesForward(rope)  # type: ignore[method-assign]
+    rope.forward = TablesForward(rope)
     return rope
 
 

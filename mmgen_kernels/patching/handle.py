@@ -163,7 +163,7 @@ def _consider(handle: Handle, rule: Rule, name: str, module: nn.Module, verify: 
         handle.kept.append(Kept(name, kind, tuple(reasons)))
         return False
     forward = rule.forward(module)
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     handle._patched.append((name, module, forward))
     handle.replaced.append(Replaced(name, kind, rule.by, rule.falls_back_when, verify))
     return True

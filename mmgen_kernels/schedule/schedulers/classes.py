@@ -43,7 +43,7 @@ class PNDMScheduler(VariancePreserving):
     """Liu et al. 2022, Pseudo Numerical Methods for Diffusion Models: Runge and Kutta's first steps, then Adams and Bashforth's."""
 
     pndm_order = 4
-    scale_model_input = Diffusion.scale_model_input  # type: ignore[assignment]
+    scale_model_input = Diffusion.scale_model_input
 
     def forget(self) -> None:
         self.counter = 0
@@ -105,7 +105,7 @@ class Euler(SigmaSpace):
         assert self.sigmas is not None
         self.init_noise_sigma = start(self.config, self.sigmas.tolist())
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:  # type: ignore[override]
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """sample / sqrt(sigma^2 + 1); sigma_data^2 for the 1 where the class has one."""
         if self._step_index is None:
             self._init_step_index(timestep)

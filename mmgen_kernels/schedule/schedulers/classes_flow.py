@@ -91,7 +91,7 @@ class FlowMatchHeunDiscreteScheduler(FlowMatch):
         """The run: so many pairs of steps, of the last of which there is the first alone."""
         self.set_run(device, num_inference_steps=num_inference_steps)
 
-    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:  # type: ignore[override]
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
         """(1 - sigma) sample + sigma noise at the level of the run's next step, or of `timestep` where none was made."""
         if self._step_index is None:
             self._init_step_index(timestep)
