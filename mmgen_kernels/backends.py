@@ -165,6 +165,10 @@ def use_backend(implementation: str, family: str | None = None) -> Iterator[None
     Args:
         implementation: cuda, triton, torch, cpp or reference.
         family: vq, modulation, attn, blocks, schedule or philox; None means every family. A block runs by what its parts run by.
+
+    Raises:
+        ValueError: implementation or family is none of these. Inside the `with`, RuntimeError with the reasons from a call that
+            the implementation cannot serve.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
@@ -195,7 +199,11 @@ def describe(operator: Operator, device: str) -> str:
 
 
 def backend_report() -> str:
-    """What serves each operator on each kind of device this machine has, and the reasons against everything else."""
+    """What serves each operator on each kind of device this machine has, and the reasons against everything else.
+
+    Returns:
+        Text: for each operator and device a line per implementation, which says that it is available, or why it is not.
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     forward = [o for o in OPERATORS.values() if not o.name.endswith("_backward")]
     return "\n".join(describe(operator, device) for device in devices for operator in forward)

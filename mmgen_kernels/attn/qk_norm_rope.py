@@ -95,6 +95,8 @@ def rope_table(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
 
+    NaN: a NaN or Inf among the positions makes that axis' cos and sin of its token NaN.
+
     Source: Su et al., RoFormer, 2021, section 3.3; several axes: Heo et al., RoPE for Vision Transformer, 2024.
     """
     if not isinstance(positions, Tensor) or positions.is_complex():

@@ -41,6 +41,12 @@ class JointDiTBlock(nn.Module):
         context (B, S, D), x (B, T, D), c (B, C); context_lengths (B,), integers, are the tokens of each text that are seen.
         Returns (context, x) of the same shapes, context None if context_pre_only.
 
+    Raises:
+        TypeError, ValueError: as `mk.adaln`, `mk.qk_norm_rope` and `mk.joint_attention`; or qk_norm is none of these, or num_heads
+            does not divide hidden_size so.
+
+    NaN: one in a token or in c spoils its sample and no other; tokens of context beyond context_lengths spoil only themselves.
+
     Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024, section 4 and figure 2.
     """
 

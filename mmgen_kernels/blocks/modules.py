@@ -38,6 +38,12 @@ class DiTBlock(nn.Module):
         token t takes row ``rows[t]``. cos, sin, key_lengths and cu_seqlens as in `mk.dit_block`. The result has x's shape and
         dtype.
 
+    Raises:
+        TypeError, ValueError: as `mk.dit_block`; or activation, norm or qk_norm is none of these, or num_heads does not divide
+            hidden_size so.
+
+    NaN: as in `mk.dit_block`; one in c spoils what it conditions.
+
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, 2022, section 3.2.
     """
 
@@ -129,6 +135,11 @@ class FinalLayer(nn.Module):
 
     Shape:
         x (B, T, D), c as in DiTBlock; the result is (B, T, p * p * out_channels).
+
+    Raises:
+        TypeError, ValueError: as `mk.adaln`; or norm is neither.
+
+    NaN: one in a token spoils that token, one in c what it conditions.
 
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, 2022, section 3.2.
     """

@@ -23,6 +23,11 @@ class RMSNorm(nn.Module):
     Shape:
         x (N, D) or (B, ..., D); the result has x's shape and dtype, under autocast the autocast dtype.
 
+    Raises:
+        TypeError, ValueError: as `mk.adaln`; or x has not ``dim`` channels.
+
+    NaN: as in `mk.adaln`.
+
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
 
@@ -55,6 +60,11 @@ class AdaLayerNorm(nn.Module):
     Shape:
         x (B, T, D) or (B, ..., D); cond (B, C) for whole samples, (B, F, C) for frames of equal length (F = T: for tokens) or, with
         rows, (R, C): token t takes row ``rows[t]``. The result has x's shape and dtype, under autocast the autocast dtype.
+
+    Raises:
+        TypeError, ValueError: as `mk.adaln`; or norm is neither, or x has not ``dim`` channels.
+
+    NaN: as in `mk.adaln`; one in cond spoils what it conditions.
 
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, 2022, section 3.2.
     """
@@ -110,6 +120,9 @@ class AdaLayerNormZero(nn.Module):
 
     Shape:
         x, cond and rows as in AdaLayerNorm. Returns AdaLNZeroOutput; its vectors are views (B, D), (B, F, D) or (R, D).
+
+    Raises, NaN:
+        as AdaLayerNorm.
 
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, 2022, section 3.2.
     """

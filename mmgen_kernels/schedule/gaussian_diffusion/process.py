@@ -321,8 +321,15 @@ def create_diffusion(
         diffusion_steps: of the whole process.
         noise: as of `GaussianDiffusion`.
 
+    Returns:
+        GaussianDiffusion: of the timesteps that are kept.
+
     Raises:
         ValueError: naming the argument.
+
+    NaN: as in `GaussianDiffusion`.
+
+    Source: Nichol and Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, sections 3 and 4; Peebles and Xie 2022.
     """
     fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     squares = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE

@@ -15,6 +15,8 @@ from mmgen_kernels.schedule.reference import discrete as reference
 
 
 class UnmaskOutput(NamedTuple):
+    """What `unmask_step` returns."""
+
     prev_sample: Tensor  # codes, int64 (B, N)
     pred_original_sample: Tensor  # codes, int64 (B, N)
 

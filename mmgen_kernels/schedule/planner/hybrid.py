@@ -39,6 +39,8 @@ def hybrid_table(betas: Tensor | Sequence[float], *, prediction: str = "epsilon"
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it takes.
 
+    NaN: in betas raises ValueError.
+
     Source: Ho et al. 2020, equations 6 and 7; Nichol and Dhariwal 2021, equation 15.
     """
     check_choice("prediction", prediction, PREDICTIONS)

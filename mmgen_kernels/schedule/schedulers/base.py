@@ -86,6 +86,12 @@ class Scheduler(Configured):
     rounds once. Differences to diffusers: that rounding; a timestep that is a tensor of another device and no view of `timesteps`
     costs a wait for that device; options that the planner refuses raise ValueError.
 
+    Raises:
+        TypeError: an argument that diffusers' class does not take.
+        ValueError: a config or a run that is not planned, or a timestep that is none of the run's.
+
+    NaN: as in `mk.scheduler_step`.
+
     Source: the papers named in mmgen_kernels/schedule/planner.
     """
 
@@ -110,6 +116,8 @@ class Scheduler(Configured):
         if cls.__name__ not in STEPS:  # what several share, and subclasses of users
             return
         cls.class_name = cls.__name__
+        if cls.__doc__ and Scheduler.__doc__:  # neither under -OO
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{inspect.cleandoc(Scheduler.__doc__)}"
         function, fields = STEPS[cls.class_name]
         unless_told = cls.class_name not in TUPLES
         cls.step = stepping(function, fields, unless_told)  # type: ignore[attr-defined]
@@ -200,7 +208,7 @@ class VariancePreserving(Diffusion):
 
     schedules: Sequence[str] = betas.SCHEDULES
 
-    def scale_model_input(self, sample: Tensor, timestep: int | None = None) -> Tensor:  # type: ignore[override]
+    def scale_model_input(self, sample: Tensor, timestep: int | None = None) -> Tensor:
         """The sample as it is."""
         return sample
 

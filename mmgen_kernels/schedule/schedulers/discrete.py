@@ -60,6 +60,11 @@ class VQDiffusionScheduler(OfCodes):
         num_train_timesteps: of the process.
         alpha_cum_start, alpha_cum_end: the share of codes that are what they were, after the first step and after the last.
         gamma_cum_start, gamma_cum_end: the share of masks.
+
+    Raises:
+        TypeError, ValueError: as `mk.transition_table` and `mk.vq_diffusion_step`; or `step` comes before set_timesteps.
+
+    NaN: as in `mk.vq_diffusion_step`.
     """
 
     def __init__(
@@ -119,6 +124,11 @@ class AmusedScheduler(OfCodes):
     Args:
         mask_token_id: the code of a masked position.
         masking_schedule: cosine or linear.
+
+    Raises:
+        TypeError, ValueError: as `mk.masking_table` and `mk.unmask_step`; or `step` comes before set_timesteps.
+
+    NaN: as in `mk.unmask_step`.
     """
 
     def __init__(self, mask_token_id: int, masking_schedule: str = "cosine"):

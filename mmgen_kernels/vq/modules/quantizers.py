@@ -132,7 +132,7 @@ class Quantizer(nn.Module):
 
 
 class VectorQuantizer(Quantizer):
-    """A codebook that learns by the gradient of the codebook loss.
+    """A codebook that learns by the gradient of the codebook loss: `mk.vector_quantize` as a module.
 
     Args:
         num_codes: K.
@@ -145,6 +145,11 @@ class VectorQuantizer(Quantizer):
     Shape:
         x of any rank with ``dim`` channels; mask (...) without the channels. Returns VQOutput with ``quantized`` of x's shape and
         ``indices`` (...), with heads (..., H).
+
+    Raises:
+        TypeError, ValueError: as `mk.vector_quantize`; or heads does not divide dim, or x has not ``dim`` channels.
+
+    NaN: as in `mk.vector_quantize`.
 
     Source: van den Oord et al., Neural Discrete Representation Learning, 2017.
     """
@@ -174,6 +179,11 @@ class EMAVectorQuantizer(Quantizer):
             (`mk.replace_dead_codes_`); 0: never. With several ranks their rows are gathered for it, and every rank must have
             the same number of them.
         seed: of the random rows. Same seed, same data: same bits.
+
+    Shape, Raises:
+        as VectorQuantizer.
+
+    NaN: as in `mk.vector_quantize`; in training mode a row that holds one makes the code that it chose NaN, for good: mask it.
 
     Source: van den Oord et al. 2017, appendix A.1.
     """

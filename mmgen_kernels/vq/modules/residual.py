@@ -37,6 +37,12 @@ class ResidualVectorQuantizer(nn.Module):
         x of any rank with ``dim`` channels, mask (...) without them. Returns RVQOutput with ``quantized`` of x's shape, ``indices``
         (..., L) and ``loss`` (L,).
 
+    Raises:
+        TypeError, ValueError: as `mk.residual_quantize`; or num_codes are not one or num_levels numbers, or not one if shared,
+            level_dropout is not in 0..1, or x has not ``dim`` channels.
+
+    NaN: as in `mk.residual_quantize`; with ``ema``, in training mode, the codes that a row with one chose become NaN, for good.
+
     Source: Zeghidour et al., SoundStream, 2021; Defossez et al., High Fidelity Neural Audio Compression, 2022; Kumar et al.,
     High-Fidelity Audio Compression with Improved RVQGAN, 2023.
     """
