@@ -15,8 +15,8 @@ from mmgen_kernels import battery
 from mmgen_kernels.battery.attn.attention import CROSS, KEY_LENGTHS, PACKED
 from mmgen_kernels.battery.attn.data import BF16, FP16, FP32, FP64, Inputs, masked_bias, padding_of_nan, steep
 from mmgen_kernels.battery.attn.law import FLOATS
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
 
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = battery.implementations("attention", CPU)

@@ -13,8 +13,8 @@ import mmgen_kernels as mk
 from mmgen_kernels import backends, battery
 from mmgen_kernels.battery.attn.data import BF16, FP16, FP32, FP64, LAYOUTS
 from mmgen_kernels.battery.attn.joint_attention import FLOATS, Inputs, call
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.library import OPERATORS
 
 CPU = torch.device("cpu")

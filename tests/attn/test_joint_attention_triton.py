@@ -16,7 +16,7 @@ from mmgen_kernels.battery.attn.joint_attention import (
     sample_by_sample,
 )
 from mmgen_kernels.battery.attn.law import formula, model_code
-from mmgen_kernels.battery.vq.data import randn
+from mmgen_kernels.battery.draws import randn
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 LENGTHS = ((66, 0, 7), (17, 11, 1))

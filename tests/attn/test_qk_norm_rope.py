@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import mmgen_kernels as mk
 from mmgen_kernels import battery
 from mmgen_kernels.battery.attn.qk_norm_rope import AFFINE, TABLES, Inputs, call
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
 
 CPU = torch.device("cpu")
 IMPLEMENTATIONS = battery.implementations("qk_norm_rope", CPU)

@@ -10,8 +10,8 @@ from torch.func import grad, vmap
 import mmgen_kernels as mk
 from mmgen_kernels import backends, battery
 from mmgen_kernels.battery.attn.qk_norm_rope import AFFINE, TABLES, Inputs, call
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.library import OPERATORS
 
 CPU = torch.device("cpu")

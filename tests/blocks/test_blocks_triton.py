@@ -16,7 +16,7 @@ import torch
 import mmgen_kernels as mk
 from mmgen_kernels.battery import tolerance
 from mmgen_kernels.battery.blocks.law import activate
-from mmgen_kernels.battery.vq.data import randn
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.blocks import activation as reference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

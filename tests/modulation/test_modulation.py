@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.modulation.data import inputs
 from mmgen_kernels.battery.modulation.law import OPTIONS, call
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.library import OPERATORS
 
 CPU = torch.device("cpu")

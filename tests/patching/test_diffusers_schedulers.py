@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.patching import diffusers_schedulers
 from mmgen_kernels.schedule.planner import DEFAULTS
 

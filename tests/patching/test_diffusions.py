@@ -12,7 +12,7 @@ import torch
 
 import mmgen_kernels as mk
 from benchmarks.peers import openai_diffusion as script
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.patching import gaussian_diffusion_trial as trial
 from mmgen_kernels.patching.gaussian_diffusion import METHODS
 

@@ -9,9 +9,9 @@ from torch.func import vmap
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends, battery
+from mmgen_kernels.battery.draws import randint, randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.schedule.discrete import KEPT
-from mmgen_kernels.battery.vq.data import randint, randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.library import OPERATORS
 
 NAMES = ("vq_diffusion_step", "unmask_step")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.data import randint, randn
+from mmgen_kernels.battery.draws import randint, randn
 
 NAMES = {"VQDiffusionScheduler": {"num_vec_classes": 38}, "AmusedScheduler": {"mask_token_id": 37}}
 

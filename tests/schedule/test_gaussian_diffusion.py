@@ -12,7 +12,7 @@ import torch
 import mmgen_kernels as mk
 from benchmarks.peers import openai_diffusion as script
 from mmgen_kernels.battery import tolerance
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.schedule import gaussian_diffusion as ours
 
 T, B, SHAPE = 40, 5, (5, 3, 4, 6)

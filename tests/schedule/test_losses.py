@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.schedule.law import BF16, FP32, FP64
-from mmgen_kernels.battery.vq.data import randn
 
 CPU = torch.device("cpu")
 T = 50

@@ -7,8 +7,8 @@ import torch
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.schedule.law import BF16, FP32, FP64
-from mmgen_kernels.battery.vq.data import randn
 from mmgen_kernels.library import OPERATORS
 
 pytestmark = pytest.mark.gpu

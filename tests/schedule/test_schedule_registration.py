@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends, battery
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.schedule.law import BF16, FP32, FP64
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.library import OPERATORS
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.schedule.law import BF16, FP16, FP32, FP64
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.library import OPERATORS
 
 _probe = pytest.importorskip("mmgen_kernels._probe", reason="built without MMGEN_KERNELS_PROBE=1")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.library import OPERATORS
 
 FP32, BF16 = torch.float32, torch.bfloat16

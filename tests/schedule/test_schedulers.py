@@ -13,7 +13,7 @@ from test_planner import RECORDS, levels_of, name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.schedule.planner import DEFAULTS
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned
 

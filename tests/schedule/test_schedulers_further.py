@@ -8,7 +8,7 @@ import torch
 from plan_executor import image
 from test_schedulers import Watch, made, sampled
 
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.laws import same_bits
 
 SHAPE = (2, 3, 4, 6)
 

@@ -9,7 +9,7 @@ from plan_executor import image
 from test_schedulers import NOISY, made, sampled
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.schedule.planner import DEFAULTS
 from mmgen_kernels.schedule.schedulers.stepper import Unplanned
 

@@ -10,9 +10,9 @@ from torch.func import grad, vmap
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
+from mmgen_kernels.battery.draws import rand, randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.vq.code_entropy import NAMES, dense, run
-from mmgen_kernels.battery.vq.data import rand, randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.vq import ops
 
 IMPLEMENTATIONS = battery.implementations("code_entropy", torch.device("cpu"))

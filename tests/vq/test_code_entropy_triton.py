@@ -8,9 +8,9 @@ from test_triton import SHARED, compiled
 from triton_interpreter import Interpreter
 
 from mmgen_kernels.battery import tolerance
+from mmgen_kernels.battery.draws import rand, randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.vq.code_entropy import NAMES, dense, run
-from mmgen_kernels.battery.vq.data import rand, randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.vq import ops
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

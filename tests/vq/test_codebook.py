@@ -5,7 +5,8 @@ import torch
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
-from mmgen_kernels.battery.vq.data import DATA_SETS, rand, randint, randn
+from mmgen_kernels.battery.draws import rand, randint, randn
+from mmgen_kernels.battery.vq.data import DATA_SETS
 
 IMPLEMENTATIONS = battery.implementations("code_statistics", torch.device("cpu"))
 KEY = torch.tensor([3, 5])

@@ -8,8 +8,8 @@ from test_triton import SHARED, compiled
 from triton_interpreter import Interpreter
 
 import mmgen_kernels as mk
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.vq import codebook
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

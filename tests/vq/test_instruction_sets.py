@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.data import DATA_SETS, randn
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.vq import ops, reference
 
 probe = pytest.importorskip("mmgen_kernels._probe", reason="built with MMGEN_KERNELS_PROBE=1")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
-from mmgen_kernels.battery.vq.data import DATA_SETS, add_ulps, randint, randn
+from mmgen_kernels.battery.draws import randint, randn
+from mmgen_kernels.battery.vq.data import DATA_SETS, add_ulps
 from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.vq import ops, reference
 

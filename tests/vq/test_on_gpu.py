@@ -5,7 +5,8 @@ import torch
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends
-from mmgen_kernels.battery.vq.data import DATA_SETS, rand, randn
+from mmgen_kernels.battery.draws import rand, randn
+from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.library import OPERATORS
 from mmgen_kernels.vq import ops, reference

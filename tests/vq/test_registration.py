@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends, battery
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.library import OPERATORS
 from mmgen_kernels.vq import ops
 

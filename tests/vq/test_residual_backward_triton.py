@@ -8,7 +8,7 @@ from test_triton import SHARED, compiled
 from triton_interpreter import Interpreter
 
 from mmgen_kernels.battery import tolerance
-from mmgen_kernels.battery.vq.data import randint, randn
+from mmgen_kernels.battery.draws import randint, randn
 from mmgen_kernels.vq import ops, reference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -5,9 +5,10 @@ import torch
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.battery.vq.residual_quantize import gaussian
-from mmgen_kernels.battery.vq.vector_quantize import RUNS, same_bits
+from mmgen_kernels.battery.vq.vector_quantize import RUNS
 from mmgen_kernels.vq import ops
 
 IMPLEMENTATIONS = battery.implementations("residual_quantize", torch.device("cpu"))

@@ -7,7 +7,7 @@ import torch
 from test_residual_quantize import IMPLEMENTATIONS, assert_same, inputs
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.data import randn
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.vq.residual_quantize import gaussian
 from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.library import OPERATORS

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.data import randn
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.vq.residual_quantize import gaussian
 from mmgen_kernels.vq import ops
 

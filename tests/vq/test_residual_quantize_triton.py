@@ -8,9 +8,9 @@ from test_triton import MATRIX, SHARED, compiled
 from triton_interpreter import Interpreter, residual_with_gradients
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.data import rand
+from mmgen_kernels.battery.draws import rand
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.vq.residual_quantize import gaussian
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.vq import ops
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

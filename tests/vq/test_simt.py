@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmgen_kernels.battery.vq.data import DATA_SETS, rand, randn
+from mmgen_kernels.battery.draws import rand, randn
+from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.vq import cuda, ops, reference
 
 _probe = pytest.importorskip("mmgen_kernels._probe", reason="built without MMGEN_KERNELS_PROBE=1")

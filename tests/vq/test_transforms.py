@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
-from mmgen_kernels.battery.vq.data import randn
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.vq import ops
 
 IMPLEMENTATIONS = battery.implementations("vector_quantize", torch.device("cpu"))

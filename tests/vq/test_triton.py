@@ -12,7 +12,8 @@ import torch
 from triton_interpreter import Interpreter, with_gradients
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.data import DATA_SETS, rand, randn
+from mmgen_kernels.battery.draws import rand, randn
+from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.vq import ops, reference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

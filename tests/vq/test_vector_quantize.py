@@ -9,8 +9,10 @@ import torch.utils.checkpoint
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
-from mmgen_kernels.battery.vq.data import DATA_SETS, randn
-from mmgen_kernels.battery.vq.vector_quantize import RUNS, same_bits
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
+from mmgen_kernels.battery.vq.data import DATA_SETS
+from mmgen_kernels.battery.vq.vector_quantize import RUNS
 from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.vq import ops, reference
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels.battery.attn.law import Tensors
-from mmgen_kernels.battery.vq.data import randn
+from mmgen_kernels.battery.draws import randn
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SAME = ((FP64,), (FP32,), (BF16,), (FP16,))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery import Case, Outcome, tolerance
+from mmgen_kernels.battery import Case, Outcome
 from mmgen_kernels.battery.attn.data import FEW, LAYOUTS, SAME
-from mmgen_kernels.battery.attn.law import Attend, Tensors, changed_by_threads, differences, formula, model_code, written
-from mmgen_kernels.battery.vq.data import randn
+from mmgen_kernels.battery.attn.law import Attend, formula, model_code
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import Tensors, changed_by_threads, differences, errors, repeats, written
 
 FLOATS = ("q_1", "k_1", "v_1", "q_2", "k_2", "v_2")
 OUTS = ("out_1", "out_2")
@@ -132,14 +133,11 @@ def prepared(inputs: Inputs, gradients: bool, uses: tuple[str, ...], options: di
             return run(lambda t: call(t, options), t, upstream)
 
         def judge() -> Outcome:
-            results, failures, worst = once(), [], 0.0
-            for name, result in results.items():
-                error, failure = tolerance.failure(name, result, plain[name], truth[name])
-                worst = max(worst, error)
-                failures += [failure] if failure else []
+            results = once()
+            worst, failures = errors(results, plain, truth)
             failures += written(t, on_cpu) + changed_by_threads(device, results, once)
             failures += differences("alone it differs, sample", lone_samples(t, options, upstream, results))
-            return Outcome(worst, not differences("", [("", results, once())]), tuple(failures))
+            return Outcome(worst, repeats(results, once), tuple(failures))
 
         return judge
 

@@ -22,12 +22,11 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends
-from mmgen_kernels.battery import Case, Outcome, on_other_threads, tolerance
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery import Case, Outcome, tolerance
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import Tensors, changed_by_threads, differences, repeats, written
 from mmgen_kernels.library import OPERATORS
 
-Tensors = dict[str, Tensor]  # the arguments that are given, by name
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], tuple[Tensor, Tensor]]
 FLOATS = ("q", "k", "v", "bias")
 
@@ -167,7 +166,7 @@ def prepared(
                 if implementation != "reference" or "cu_seqlens_q" not in t:
                     failures += differences("alone it differs:", lone_pieces(t, options, upstream, results))
                 failures += changed_by_threads(device, results, once)
-            return Outcome(worst, not differences("", [("", results, once())]), tuple(failures))
+            return Outcome(worst, repeats(results, once), tuple(failures))
 
         return judge
 
@@ -182,20 +181,6 @@ def pair(
         Case("attn", "attention", name, dtypes, prepared(inputs, False, uses, options), quick),
         Case("attn", "attention_backward", name, dtypes, prepared(inputs, True, uses, options), quick),
     ]
-
-
-def written(t: Tensors, before: Tensors) -> list[str]:
-    return [f"{n} was written" for n, v in t.items() if not same_bits(v.detach().cpu(), before[n])]
-
-
-def changed_by_threads(device: torch.device, results: Tensors, once: Callable[[], Tensors]) -> list[str]:
-    if device.type != "cpu":
-        return []
-    return differences("the number of threads changes it", [("", results, on_other_threads(once))])
-
-
-def differences(what: str, pairs: list[tuple[Any, Tensors, Tensors]]) -> list[str]:
-    return [f"{n}: {what} {where}" for where, a, b in pairs for n in b if not same_bits(a[n].detach(), b[n].detach())]
 
 
 def lone_pieces(t: Tensors, options: dict, upstream: Tensors | None, results: Tensors) -> list:

@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery import Case, Outcome, tolerance
+from mmgen_kernels.battery import Case, Outcome
 from mmgen_kernels.battery.attn.data import BF16, FEW, FP16, FP32, FP64, LAYOUTS, SAME
-from mmgen_kernels.battery.attn.law import changed_by_threads, differences, written
-from mmgen_kernels.battery.vq.data import randn
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import Tensors, changed_by_threads, differences, errors, repeats, written
 
-Tensors = dict[str, Tensor]  # the arguments that are given, by name
 TABLES = ("cos", "sin")  # have no gradient
 AFFINE = ("q_weight", "k_weight", "q_bias", "k_bias")
 OPTIONS: dict[str, Any] = {"norm": "rms", "across_heads": False, "eps": 1e-6, "interleaved": False}
@@ -189,15 +188,12 @@ def prepared(inputs: Inputs, gradients: bool, uses: str, changed: dict[str, Any]
             return run(call, t, options, upstream)
 
         def judge() -> Outcome:
-            results, failures, worst = once(), [], 0.0
-            for name, result in results.items():
-                error, failure = tolerance.failure(name, result, plain[name], truth[name])
-                worst = max(worst, error)
-                failures += [failure] if failure else []
+            results = once()
+            worst, failures = errors(results, plain, truth)
             failures += written(t, on_cpu)
             failures += differences("alone it differs, sample", lone_samples(t, options, upstream, results))
             failures += changed_by_threads(device, results, once)
-            return Outcome(worst, not differences("", [("", results, once())]), tuple(failures))
+            return Outcome(worst, repeats(results, once), tuple(failures))
 
         return judge
 

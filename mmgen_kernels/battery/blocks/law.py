@@ -22,13 +22,12 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends
-from mmgen_kernels.battery import Case, Outcome, tolerance
+from mmgen_kernels.battery import Case, Outcome
+from mmgen_kernels.battery.draws import randint, randn
+from mmgen_kernels.battery.laws import Tensors, errors, repeats, same_bits, written
 from mmgen_kernels.battery.modulation.law import by_token, normed
-from mmgen_kernels.battery.vq.data import randint, randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.library import OPERATORS
 
-Tensors = dict[str, Tensor]  # the arguments that are given, by name
 DRAWS, DRAWS_OF_HALVES = 8, 24
 INTEGERS = ("rows", "key_lengths", "cu_seqlens")
 OF_QK = ("q_weight", "k_weight", "q_bias", "k_bias")
@@ -220,19 +219,14 @@ def prepared(operator: str, inputs: Inputs, gradients: bool, options: dict[str, 
 
         def judge() -> Outcome:
             own = [d.once() for d in draws]
-            results, failures, worst = together(own), [], 0.0
-            for name, result in results.items():
-                error, failure = tolerance.failure(name, result, plain[name], truth[name])
-                worst = max(worst, error)
-                failures += [failure] if failure else []
-            failures += [f"{n} was written" for d in draws for n, v in d.t.items() if not same_bits(v.detach().cpu(), d.on_cpu[n])]
+            worst, failures = errors(together(own), plain, truth)
+            failures += [failure for d in draws for failure in written(d.t, d.on_cpu)]
             if not gradients:
                 t = draws[0].t
                 leaves = t | {n: v.detach().requires_grad_() for n, v in t.items() if n not in CONSTANT}
                 trained = call(operator, leaves, options).detach()
                 failures += [] if same_bits(trained, own[0]["out"]) else ["out: other bits where a gradient is to come"]
-            again = draws[0].once()
-            return Outcome(worst, all(same_bits(own[0][n], again[n]) for n in again), tuple(failures))
+            return Outcome(worst, repeats(own[0], draws[0].once), tuple(failures))
 
         return judge
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmgen_kernels.battery.draws import rand, randint, randn
 from mmgen_kernels.battery.modulation.law import VECTORS, Tensors
-from mmgen_kernels.battery.vq.data import rand, randint, randn
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # dtypes of x, y and all else; of one alone, of everything

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery import Case, Outcome, on_other_threads, tolerance
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery import Case, Outcome
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import Tensors, changed_by_threads, differences, errors, repeats, written
 
-Tensors = dict[str, Tensor]  # the arguments that are given, by name
 VECTORS = ("gate", "shift", "scale", "shift_2", "scale_2")  # in the order of the table's rows
 OPTIONS: dict[str, dict[str, Any]] = {
     "adaln": {"norm": "layer", "eps": 1e-6, "dtype": None},
@@ -148,18 +147,14 @@ def prepared(
             return run(call, operator, t, options, upstream)
 
         def judge() -> Outcome:
-            results, failures, worst = once(), [], 0.0
-            for name, result in results.items():
-                error, failure = tolerance.failure(name, result, plain[name], truth[name])
-                worst = max(worst, error)
-                failures += [failure] if failure else []
-            failures += [f"{n} was written" for n, v in t.items() if not same_bits(v.detach().cpu(), on_cpu[n])]
+            results = once()
+            worst, failures = errors(results, plain, truth)
+            failures += written(t, on_cpu)
             failures += differences("alone it differs, sample", lone_samples(operator, t, options, upstream, results))
             if not gradients and operator == "gate_residual_adaln":
                 failures += differences("not what the two halves give", [("", results, halves(t, options))])
-            if device.type == "cpu":
-                failures += differences("the number of threads changes it", [("", results, on_other_threads(once))])
-            return Outcome(worst, not differences("", [("", results, once())]), tuple(failures))
+            failures += changed_by_threads(device, results, once)
+            return Outcome(worst, repeats(results, once), tuple(failures))
 
         return judge
 
@@ -174,10 +169,6 @@ def pair(
         Case("modulation", operator, name, dtypes, prepared(operator, inputs, False, **options), quick),
         Case("modulation", f"{operator}_backward", name, dtypes, prepared(operator, inputs, True, uses, **options), quick),
     ]
-
-
-def differences(what: str, pairs: list[tuple[Any, Tensors, Tensors]]) -> list[str]:
-    return [f"{n}: {what} {where}" for where, a, b in pairs for n in b if not same_bits(a[n].detach(), b[n].detach())]
 
 
 def lone_samples(operator: str, t: Tensors, options: dict, upstream: Tensors | None, results: Tensors) -> list:

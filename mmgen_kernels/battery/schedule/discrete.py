@@ -17,9 +17,9 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Case, Dtypes, Outcome, on_other_threads
-from mmgen_kernels.battery.schedule.law import FEW, FP64, SAME, Tensors
-from mmgen_kernels.battery.vq.data import rand, randint, randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.draws import rand, randint, randn
+from mmgen_kernels.battery.laws import Tensors, same_bits, written
+from mmgen_kernels.battery.schedule.law import FEW, FP64, SAME
 
 TRAIL = 64
 STEPS = 6
@@ -217,7 +217,7 @@ def prepared(operator: str, draw: Draw) -> Callable[[torch.device, Dtypes], Call
         def judge() -> Outcome:
             results = draw.call(operator, t)
             error, failures = LAWS[operator](draw, t, results, eps)
-            failures += [f"{n} was written" for n, v in t.items() if not same_bits(v.cpu(), before[n])]
+            failures += written(t, before)
             if device.type == "cpu" and not all(map(same_bits, results, on_other_threads(lambda: draw.call(operator, t)))):
                 failures.append("the number of threads changes the bits")
             dense = t | {"logits": t["logits"].contiguous()}

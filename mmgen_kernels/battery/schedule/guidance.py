@@ -9,8 +9,8 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Dtypes
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.schedule.law import BF16, FEW, FP32, SAME, Subject, Tensors, pair
-from mmgen_kernels.battery.vq.data import randn
 
 
 def guided_formula(cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:

@@ -11,9 +11,9 @@ from torch.nn.functional import logsigmoid
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Dtypes
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.schedule.guidance import channels_last
 from mmgen_kernels.battery.schedule.law import BF16, FEW, FP16, FP32, FP64, SAME, Subject, Tensors, pair
-from mmgen_kernels.battery.vq.data import randn
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=FP64)
 TIMES = (0, 1, 500, 999, 2**40)  # the last one is out of range

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels.battery import Case, Dtypes, Outcome, on_other_threads, tolerance
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import Tensors, same_bits, written
 
-Tensors = dict[str, Tensor]
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SAME = ((FP64,), (FP32,), (BF16,), (FP16,))
 FEW = ((FP32,), (BF16,))
@@ -90,7 +89,7 @@ def prepared(subject: Subject, gradients: bool) -> Callable[[torch.device, Dtype
                 error, failure = tolerance.failure(name, result, bar.to(result.dtype), exact_result)
                 worst = max(worst, error)
                 failures += [failure] if failure else []
-            failures += [f"{n} was written" for n, v in t.items() if not same_bits(v.detach().cpu(), on_cpu[n])]
+            failures += written(t, on_cpu)
             if device.type == "cpu" and not all(map(same_bits, results, on_other_threads(once))):
                 failures.append("the number of threads changes the bits")
             for b in {0, len(results[0]) - 1} if subject.by_sample and results[0].dim() and len(results[0]) > 1 else ():

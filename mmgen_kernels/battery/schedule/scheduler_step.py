@@ -10,9 +10,9 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Dtypes
+from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.schedule.guidance import channels_last, guided_formula
 from mmgen_kernels.battery.schedule.law import BF16, FEW, FP32, FP64, SAME, Subject, Tensors, pair
-from mmgen_kernels.battery.vq.data import randn
 
 STEPS = 5
 

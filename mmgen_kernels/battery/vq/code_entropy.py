@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery import Case, Outcome, on_other_threads, tolerance
-from mmgen_kernels.battery.vq.data import DATA_SETS, rand, randn
+from mmgen_kernels.battery import Case, Outcome
+from mmgen_kernels.battery.draws import rand, randn
+from mmgen_kernels.battery.laws import changed_by_threads, errors, repeats, same_bits
+from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.battery.vq.nearest_code import FEW, LAYOUTS, MIXED, SAME
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.vq.ops import METRICS
 
 NAMES = ("sample_entropy", "mean_entropy")
@@ -121,19 +122,10 @@ def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, use
         def judge() -> Outcome:
             results = once()
             failures = [] if gradients else variant_failures(results["sample_entropy"], x, codebook, mask, options)
-            worst = 0.0
-            for name in GRADIENTS if gradients else NAMES:
-                error, failure = tolerance.failure(name, results[name], plain[name], truth[name])
-                worst = max(worst, error)
-                failures += [failure] if failure else []
-            repeatable = all(same_bits(results[n], value) for n, value in once().items())
-            if device.type == "cpu":
-                failures += [
-                    f"{n}: the number of threads changes it"
-                    for n, v in on_other_threads(once).items()
-                    if not same_bits(v, results[n])
-                ]
-            return Outcome(worst, repeatable, tuple(failures))
+            judged = GRADIENTS if gradients else NAMES
+            worst, wrong = errors({name: results[name] for name in judged}, plain, truth)
+            failures += wrong + changed_by_threads(device, results, once)
+            return Outcome(worst, repeats(results, once), tuple(failures))
 
         return judge
 

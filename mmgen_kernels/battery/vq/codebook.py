@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery import Case, Outcome, on_other_threads, tolerance
-from mmgen_kernels.battery.vq.data import rand, randint, randn
+from mmgen_kernels.battery import Case, Outcome
+from mmgen_kernels.battery.draws import rand, randint, randn
+from mmgen_kernels.battery.laws import changed_by_threads, errors, repeats, same_bits
 from mmgen_kernels.battery.vq.nearest_code import FEW, SAME
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 
 Results = dict[str, Tensor]
 Run = Callable[[dict[str, Any]], Results]
@@ -35,20 +35,13 @@ def prepared(make: Callable[..., dict[str, Any]], run: Run, plain: Run, exact: t
 
         def judge() -> Outcome:
             results = run(there)
-            failures, worst = [], 0.0
-            for name, value in results.items():
-                if name in exact:
-                    if not same_bits(*(t.nan_to_num(nan=0.5) if is_float(t) else t for t in (value.cpu(), narrow[name]))):
-                        failures.append(f"{name}: {int((value.cpu() != narrow[name]).sum())} of {value.numel()} values differ")
-                    continue
-                error, failure = tolerance.failure(name, value, narrow[name], truth[name])
-                worst = max(worst, error)
-                failures += [failure] if failure else []
-            repeatable = all(same_bits(results[n], v) for n, v in run(there).items())
-            if device.type == "cpu":
-                others = on_other_threads(lambda: run(there))
-                failures += [f"{n}: the number of threads changes it" for n, v in others.items() if not same_bits(v, results[n])]
-            return Outcome(worst, repeatable, tuple(failures))
+            worst, failures = errors({n: v for n, v in results.items() if n not in exact}, narrow, truth)
+            for name in (n for n in results if n in exact):
+                value, wanted = results[name].cpu(), narrow[name]
+                if not same_bits(*(t.nan_to_num(nan=0.5) if is_float(t) else t for t in (value, wanted))):
+                    failures.append(f"{name}: {int((value != wanted).sum())} of {value.numel()} values differ")
+            failures += changed_by_threads(device, results, lambda: run(there))
+            return Outcome(worst, repeats(results, lambda: run(there)), tuple(failures))
 
         return judge
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmgen_kernels.battery.draws import rand, randint, randn
+from mmgen_kernels.battery.laws import INTEGERS
+
 Maker = Callable[[int, int, int, torch.dtype, torch.dtype], tuple[Tensor, Tensor]]  # (N, K, D, dtypes) -> x, codebook
 DATA_SETS: dict[str, Maker] = {}
-INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 def data_set(make: Callable[[int, int, int, torch.dtype], tuple[Tensor, Tensor]]) -> Callable:
@@ -21,18 +23,6 @@ def data_set(make: Callable[[int, int, int, torch.dtype], tuple[Tensor, Tensor]]
 
     DATA_SETS[make.__name__] = cast
     return make
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def rand(*shape: int, seed: int) -> Tensor:
-    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def randint(low: int, high: int, shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def add_ulps(values: Tensor, ulps: Tensor) -> Tensor:

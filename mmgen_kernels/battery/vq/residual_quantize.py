@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery import Case, Outcome, on_other_threads, tolerance
-from mmgen_kernels.battery.vq.data import DATA_SETS, randint, randn
+from mmgen_kernels.battery import Case, Outcome
+from mmgen_kernels.battery.draws import randint, randn
+from mmgen_kernels.battery.laws import changed_by_threads, errors, repeats, same_bits
+from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.battery.vq.nearest_code import FEW, MIXED, SAME, some
-from mmgen_kernels.battery.vq.vector_quantize import FORWARD_DATA, NOT_FINITE, RUNS, same_bits
+from mmgen_kernels.battery.vq.vector_quantize import FORWARD_DATA, NOT_FINITE, RUNS
 from mmgen_kernels.vq import reference
 from mmgen_kernels.vq.ops.residual import check_levels, join_codebooks
 
@@ -99,20 +101,11 @@ def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, use
         def judge() -> Outcome:
             results = once()
             failures = [] if gradients else structural_failures(results, same_dtype)
-            worst = 0.0
             outputs = [n for n in results if n.startswith("loss")] + ["sums"]
-            for name in ("grad_x", "grad_codebooks") if gradients else outputs:
-                error, failure = tolerance.failure(name, results[name], same_dtype[name], truth[name])
-                worst = max(worst, error)
-                failures += [failure] if failure else []
-            repeatable = all(same_bits(results[n], value) for n, value in once().items())
-            if device.type == "cpu":
-                failures += [
-                    f"{n}: the number of threads changes it"
-                    for n, v in on_other_threads(once).items()
-                    if not same_bits(v, results[n])
-                ]
-            return Outcome(worst, repeatable, tuple(failures))
+            judged = ["grad_x", "grad_codebooks"] if gradients else outputs
+            worst, wrong = errors({name: results[name] for name in judged}, same_dtype, truth)
+            failures += wrong + changed_by_threads(device, results, once)
+            return Outcome(worst, repeats(results, once), tuple(failures))
 
         return judge
 

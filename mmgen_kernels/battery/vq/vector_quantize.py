@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery import Case, Outcome, on_other_threads, tolerance
-from mmgen_kernels.battery.vq.data import DATA_SETS, INTEGERS, randn
+from mmgen_kernels.battery import Case, Outcome
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import INTEGERS, changed_by_threads, errors, repeats, same_bits
+from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.battery.vq.nearest_code import FEW, MIXED, SAME, definition, some
 from mmgen_kernels.vq import reference
 
@@ -38,12 +40,6 @@ def run(call: Callable, x: Tensor, codebook: Tensor, upstream: Tensor, uses: tup
     for name, gradient, of in zip(("grad_x", "grad_codebook"), gradients, (x, codebook), strict=True):
         results[name] = torch.zeros_like(of) if gradient is None else gradient
     return {name: value.detach() for name, value in results.items()}
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal with NaN = NaN and -0 != +0."""
-    view = INTEGERS.get(a.dtype)
-    return a.dtype == b.dtype and torch.equal(*(t.contiguous().view(view) if view else t for t in (a, b)))
 
 
 def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, uses: tuple[str, ...], **changed: Any) -> Callable:
@@ -70,19 +66,10 @@ def prepared(inputs: Callable[[torch.device, Any], Inputs], gradients: bool, use
         def judge() -> Outcome:
             results = once()
             failures = [] if gradients else structural_failures(results, truth_indices, x, codebook)
-            worst = 0.0
-            for name in ("grad_x", "grad_codebook") if gradients else NAMES[2:]:
-                error, failure = tolerance.failure(name, results[name], same_dtype[name], truth[name])
-                worst = max(worst, error)
-                failures += [failure] if failure else []
-            repeatable = all(same_bits(results[n], value) for n, value in once().items())
-            if device.type == "cpu":
-                failures += [
-                    f"{n}: the number of threads changes it"
-                    for n, v in on_other_threads(once).items()
-                    if not same_bits(v, results[n])
-                ]
-            return Outcome(worst, repeatable, tuple(failures))
+            judged = ("grad_x", "grad_codebook") if gradients else NAMES[2:]
+            worst, wrong = errors({name: results[name] for name in judged}, same_dtype, truth)
+            failures += wrong + changed_by_threads(device, results, once)
+            return Outcome(worst, repeats(results, once), tuple(failures))
 
         return judge
 
