@@ -17,7 +17,7 @@ def mebibytes(entry: Mapping) -> str:
 
 
 def error_text(errors: Mapping[str, float]) -> str:
-    """`0 wrong`, `27 wrong (0.17 %)`, `err 3e-07`: what stands beside each time."""
+    """`0 wrong`, `27 wrong (0.17 %)`, `err 3e-07`, `1.006 ± 0.003 of ours`: what stands beside each time."""
     parts = []
     if "wrong" in errors:
         wrong = errors["wrong"]
@@ -26,6 +26,9 @@ def error_text(errors: Mapping[str, float]) -> str:
         parts.append(f"{wrong} wrong ({share} %)" if wrong else "0 wrong")
     if "error" in errors:
         parts.append(f"err {errors['error']:.0e}")
+    if "times_ours" in errors:
+        ratio = errors["times_ours"]
+        parts.append(f"{ratio:.3f} ± {ratio * errors['standard_error']:.3f} of ours")
     return ", ".join(parts)
 
 

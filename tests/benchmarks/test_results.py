@@ -95,6 +95,11 @@ def test_error_text(wrong, text):
     assert tables.error_text({"rows": 4096, "wrong": wrong}) == text
 
 
+def test_error_text_of_a_ratio_has_its_standard_error():
+    errors = {"error": 6e-3, "times_ours": 2.0, "standard_error": 0.003}
+    assert tables.error_text(errors) == "err 6e-03, 2.000 ± 0.006 of ours"
+
+
 @pytest.mark.parametrize(("ms", "text"), [(123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123")])
 def test_milliseconds(ms, text):
     assert tables.milliseconds(ms) == text
