@@ -164,6 +164,20 @@ def test_entering_a_run_in_its_middle(class_name):
     assert first.isfinite().all() and scheduler.step_index == 5 and scheduler.lower_order_nums == 1
 
 
+def test_a_timestep_that_a_run_leaves_out_is_not_its_neighbour():
+    """It lies in the memory of the run's timesteps, between two of them."""
+    x, m = image(1, SHAPE).float(), image(2, SHAPE).float()
+    ddim, ddpm = made("DDIMScheduler"), made("DDPMScheduler")
+    for scheduler in (ddim, ddpm):
+        scheduler.set_timesteps(10)
+        every = scheduler.timesteps
+        scheduler.timesteps = every[::2]
+    found = ddim.step(m, every[1], x).prev_sample
+    assert same_bits(found, ddim.step(m, int(every[1]), x).prev_sample)
+    with pytest.raises(ValueError, match="timestep must be one of the run's, got 800"):
+        ddpm.step(m, every[1], x)
+
+
 def test_ddim_takes_any_timestep():
     """Inversion and editing call step with timesteps of their own."""
     scheduler = made("DDIMScheduler", clip_sample=False)

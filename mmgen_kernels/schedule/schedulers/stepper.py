@@ -147,7 +147,9 @@ class Stepper:
             if timestep.numel() != 1:
                 raise Unplanned(f"timestep must be one, got shape {tuple(timestep.shape)}")
             if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr() and timesteps.dim() == 1:
-                return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+                place, between = divmod(timestep.storage_offset() - timesteps.storage_offset(), max(timesteps.stride(0), 1))
+                if not between:  # else it is one that a run of every second timestep, say, leaves out
+                    return place
         found = self.table(scheduler).place.get(int(timestep))
         return -1 if found is None else found
 
