@@ -34,6 +34,7 @@ def with_our_step(stock: type, counts: collections.Counter[str]) -> type:
     from mmgen_kernels.patching.diffusers_schedulers import NOISING, Noising, Step
     from mmgen_kernels.schedule.schedulers.stepper import Stepper
     from mmgen_kernels.schedule.schedulers.steps import ALSO_STEP
+    from mmgen_kernels.schedule.schedulers.steps_codes import STEPS_OF_CODES, CodeStepper
 
     name = stock.__name__
 
@@ -50,7 +51,7 @@ def with_our_step(stock: type, counts: collections.Counter[str]) -> type:
         @functools.wraps(getattr(stock, method))
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not hasattr(self, "_our_steps"):
-                stepper = Stepper(name)
+                stepper = CodeStepper() if name in STEPS_OF_CODES else Stepper(name)
                 self._our_steps = {m: OurStep(self, name, stepper, m) for m in methods}
             own = self._our_steps[method]
             before = own.fused
@@ -72,7 +73,7 @@ def with_our_step(stock: type, counts: collections.Counter[str]) -> type:
 
     methods = ("step", *ALSO_STEP.get(name, ()))
     replaced = {method: stepping(method) for method in methods}
-    replaced |= {method: noising(method) for method in NOISING[name] if hasattr(stock, method)}
+    replaced |= {method: noising(method) for method in NOISING.get(name, ()) if hasattr(stock, method)}
     return type(name, (stock,), {**replaced, "__module__": stock.__module__, "__qualname__": name})
 
 
@@ -80,9 +81,9 @@ class Recorder:
     """Outcome and scheduler class of every test, and who served the steps."""
 
     def __init__(self, path: Path, ours: bool):
-        from mmgen_kernels.schedule.planner import DEFAULTS
+        from mmgen_kernels.patching.diffusers_schedulers import STEPPING
 
-        self.path, self.names = path, list(DEFAULTS)
+        self.path, self.names = path, list(STEPPING)
         self.outcomes: dict[str, str] = {}
         self.classes: dict[str, str] = {}
         self.counts = {name: collections.Counter(fused=0) for name in self.names}

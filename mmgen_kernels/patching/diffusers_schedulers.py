@@ -9,18 +9,19 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmgen_kernels.patching.rule import descends_from
+from mmgen_kernels.patching.rule import descends_from, overridden
 from mmgen_kernels.schedule.planner import DEFAULTS
 from mmgen_kernels.schedule.schedulers import noising
 from mmgen_kernels.schedule.schedulers.base import signature_of_step, split_return_dict
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned
 from mmgen_kernels.schedule.schedulers.steps import ALSO_STEP, STEPS, TUPLES
+from mmgen_kernels.schedule.schedulers.steps_codes import STEPS_OF_CODES, CodeStepper
 from mmgen_kernels.schedule.schedulers.steps_shared import Bare
 
 BY = "mk.scheduler_step"
@@ -53,7 +54,8 @@ NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "DDIMInverseScheduler": {},  # which noises nothing
     "FlowMatchEulerDiscreteScheduler": {},  # scale_noise has its arguments in another order
 }
-SPLIT = {name: split_return_dict(function, name not in TUPLES) for name, (function, _) in STEPS.items()}
+STEPPING = STEPS | STEPS_OF_CODES
+SPLIT = {name: split_return_dict(function, name not in TUPLES) for name, (function, _) in STEPPING.items()}
 STEPS_OF_VERIFICATION = 5
 TOLERANCE = 1e-4  # of the largest value: fp32, coefficients in fp32 there and in fp64 here, over that many steps
 
@@ -80,21 +82,22 @@ class Method:
 class Step(Method):
     """In place of `step`, or of another method that steps."""
 
-    def __init__(self, scheduler: Any, class_name: str, stepper: Stepper, name: str = "step"):
+    def __init__(self, scheduler: Any, class_name: str, stepper: Stepper | CodeStepper, name: str = "step"):
         super().__init__(scheduler)
         self.class_name, self.stepper, self.name = class_name, stepper, name
-        self.split = SPLIT[class_name]
         self.calls = self.fused = 0
+        self.unplanned = ""  # why the latest call that was stock's was
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        function, fields = STEPS[self.class_name]
+        function, fields = STEPPING[self.class_name]
         if self.name != "step":
             function = ALSO_STEP[self.class_name][self.name]
         self.calls += 1
-        ours, named, as_dict = self.split(args, dict(kwargs))
+        ours, named, as_dict = SPLIT[self.class_name](args, dict(kwargs))
         try:
             results = function(self.stepper, self.scheduler, *ours, **named)
-        except Unplanned:
+        except Unplanned as error:
+            self.unplanned = str(error)
             return self.stock(*args, **kwargs)
         self.fused += 1
         if isinstance(results, Bare):
@@ -124,42 +127,43 @@ class Noising(Method):
         return self.function(self.scheduler, *tensors)
 
 
-def class_of(object: Any) -> str | None:
+def class_of(object: Any, names: Iterable[str] = DEFAULTS) -> str | None:
     """The class of diffusers whose step we have, by name; None if the object is no such scheduler."""
-    return next((name for name in DEFAULTS if type_of(object, name) is not None), None)
+    return next((name for name in names if type_of(object, name) is not None), None)
 
 
 def type_of(object: Any, name: str) -> Any:
     return None if isinstance(object, nn.Module) else descends_from(object, "diffusers", name)
 
 
-def schedulers_in(object: Any) -> Iterator[tuple[str, Any]]:
+def schedulers_in(object: Any, names: Iterable[str] = DEFAULTS) -> Iterator[tuple[str, Any]]:
     """The object itself, an item of a container, or an attribute such as a pipeline's."""
-    if class_of(object) is not None:
+    if class_of(object, names) is not None:
         yield type(object).__name__, object
     elif not isinstance(object, nn.Module):
         items = object.items() if isinstance(object, Mapping) else enumerate(object) if isinstance(object, (list, tuple)) else None
         for name, value in list(vars(object).items() if items is None and hasattr(object, "__dict__") else items or ()):
-            if class_of(value) is not None:
+            if class_of(value, names) is not None:
                 yield str(name), value
 
 
 def reasons_against(scheduler: Any, verify: bool) -> list[str]:
     name = class_of(scheduler)
     assert name is not None
+    reasons = structural_reasons(scheduler, name, ("step", "set_timesteps", "convert_model_output", *ALSO_STEP.get(name, ())))
+    if not reasons and verify:
+        reasons = differences(scheduler, name)
+    return reasons
+
+
+def structural_reasons(scheduler: Any, name: str, methods: Iterable[str]) -> list[str]:
+    """What speaks against it before anything runs: a subclass that overrides a method, another diffusers, another patch."""
     stock = type_of(scheduler, name)
-    changed = [
-        m
-        for m in ("step", "set_timesteps", "convert_model_output", *ALSO_STEP.get(name, ()))
-        if getattr(type(scheduler), m, None) is not getattr(stock, m, None)
-    ]
-    reasons = [f"{type(scheduler).__name__} overrides {name}.{method}" for method in changed]
-    if list(inspect.signature(stock.step).parameters) != list(signature_of_step(STEPS[name][0]).parameters):
+    reasons = overridden(scheduler, stock, *methods)
+    if list(inspect.signature(stock.step).parameters) != list(signature_of_step(STEPPING[name][0]).parameters):
         reasons.append(f"{name}.step takes other arguments than that of the diffusers we know")
     if "step" in vars(scheduler):
         reasons.append("its step was already replaced on the instance")
-    if not reasons and verify:
-        reasons = differences(scheduler, name)
     return reasons
 
 
@@ -200,11 +204,7 @@ def differences(scheduler: Any, name: str) -> list[str]:
     except Exception as error:
         return [f"our step fails in verification: {type(error).__name__}: {error}"]
     if step.fused < step.calls:
-        try:
-            step.stepper.table(twin)
-        except Unplanned as error:
-            return [str(error)]
-        return ["no plan serves its steps"]
+        return [step.unplanned]
     for k, (a, b) in enumerate(zip(found, expected, strict=True)):
         if a.dtype != b.dtype or a.shape != b.shape:
             return [f"step {k} gives {a.dtype} {tuple(a.shape)}, stock {b.dtype} {tuple(b.shape)}"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from mmgen_kernels.checks import check_choice
-from mmgen_kernels.patching import diffusers_schedulers, gaussian_diffusion
+from mmgen_kernels.patching import diffusers_codes, diffusers_schedulers, gaussian_diffusion
 from mmgen_kernels.patching.diffusers_schedulers import Method, schedulers_in
 from mmgen_kernels.patching.gaussian_diffusion import diffusions_in
 from mmgen_kernels.patching.rule import Forward, Rule
@@ -37,6 +36,19 @@ class Kept:
     kind: str
     reasons: tuple[str, ...]
     already_patched: bool = False
+
+
+class RulesOfObjects(Protocol):
+    """What is asked of a module, or an object, that knows a kind of scheduler or diffusion."""
+
+    @property
+    def BY(self) -> str: ...
+
+    @property
+    def FALLS_BACK_WHEN(self) -> tuple[str, ...]: ...
+
+    def considered(self, object: Any, verify: bool, noise: str, /) -> tuple[list[str], dict[str, Method], dict[str, list[str]]]:
+        """Reasons to leave it alone, what replaces which method, and the methods that are left, with reasons."""
 
 
 class Handle:
@@ -117,9 +129,11 @@ def patch_with(
             raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     rules = [rule for rule in rules if rule.family in wanted]
     modules = list(_modules("", object, set()))
-    objects: list[tuple[str, Any, ModuleType]] = []
+    objects: list[tuple[str, Any, RulesOfObjects]] = []
     if "schedule" in wanted:
         objects += [(name, scheduler, diffusers_schedulers) for name, scheduler in schedulers_in(object)]
+        for of_codes in diffusers_codes.RULES:
+            objects += [(name, scheduler, of_codes) for name, scheduler in schedulers_in(object, (of_codes.name,))]
         objects += [(name, diffusion, gaussian_diffusion) for name, diffusion in diffusions_in(object)]
     if not modules and not objects:
         raise TypeError(f"object must be an nn.Module or a scheduler, or hold some, got {type(object).__name__} without any")
@@ -169,7 +183,7 @@ def _consider(handle: Handle, rule: Rule, name: str, module: nn.Module, verify: 
     return True
 
 
-def _consider_object(handle: Handle, rules: ModuleType, name: str, object: Any, verify: bool, noise: str) -> None:
+def _consider_object(handle: Handle, rules: RulesOfObjects, name: str, object: Any, verify: bool, noise: str) -> None:
     """As `_consider`, of an object whose methods are replaced one by one."""
     kind = type(object).__name__
     if any(isinstance(value, Method) for value in vars(object).values()):

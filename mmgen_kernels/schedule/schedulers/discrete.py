@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from mmgen_kernels.checks import check_choice
-from mmgen_kernels.schedule.ops.discrete import unmask_step, vq_diffusion_step
-from mmgen_kernels.schedule.planner.discrete import MASKING_SCHEDULES, masking_table, transition_table
+from mmgen_kernels.schedule.planner.discrete import MASKING_SCHEDULES, masking_table
 from mmgen_kernels.schedule.schedulers.base import StepOutput
 from mmgen_kernels.schedule.schedulers.configuration import Config, Configured
-from mmgen_kernels.schedule.schedulers.noise import NOISES, key_from, place_of
+from mmgen_kernels.schedule.schedulers.noise import NOISES
+from mmgen_kernels.schedule.schedulers.steps_codes import CodeStepper, Generator, amused, masked, vq_diffusion
 
 Device = torch.device | str | None
-Generator = torch.Generator | None
 
 
 class OfCodes(Configured):
@@ -27,26 +26,11 @@ class OfCodes(Configured):
     def use_noise(self, noise: str) -> None:
         """ "torch": the noise that diffusers would draw, of the logits' size. "philox": in registers, by a key drawn once a run."""
         check_choice("noise", noise, NOISES)
-        self.noise = noise
-        self.key: Tensor | None = None
+        self.stepper = CodeStepper(noise)
 
     def count_down(self, steps: int, device: Device) -> None:
         self.timesteps = torch.arange(steps - 1, -1, -1, device=device)
-        self.key = None
-
-    def number(self, timestep: int | Tensor) -> int:
-        """The timestep on the host. A view of `timesteps` tells it by its place in memory, without waiting for a device."""
-        held = self.timesteps
-        if held is None:
-            raise ValueError("call set_timesteps before step")
-        if isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == held.untyped_storage().data_ptr():
-            return len(held) - 1 - int(timestep.storage_offset() - held.storage_offset())
-        return int(timestep)
-
-    def key_of_run(self, generator: Generator, device: torch.device) -> Tensor:
-        if self.key is None or self.key.device != device:
-            self.key = key_from(generator, device)
-        return self.key
+        self.stepper.know("timesteps", self.timesteps, tuple(range(steps - 1, -1, -1)))
 
 
 class VQDiffusionScheduler(OfCodes):
@@ -78,13 +62,9 @@ class VQDiffusionScheduler(OfCodes):
     ):
         self.config = Config({n: v for n, v in locals().items() if n != "self"})
         self.num_embed, self.mask_class = num_vec_classes, num_vec_classes - 1
-        kept, masked = (
-            torch.linspace(start, end, num_train_timesteps, dtype=torch.float64)
-            for start, end in ((alpha_cum_start, alpha_cum_end), (gamma_cum_start, gamma_cum_end))
-        )
-        self.transitions = transition_table(kept, num_vec_classes - 1, gammas_cumprod=masked)
         self.num_inference_steps: int | None = None
         self.use_noise("torch")
+        self.transitions = self.stepper.transitions(self)
         self.count_down(num_train_timesteps, None)
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
@@ -101,17 +81,7 @@ class VQDiffusionScheduler(OfCodes):
         return_dict: bool = True,
     ) -> Any:
         """prev_sample: codes (B, N) of the step before, from log-probabilities or logits of x0 (B, K, N) and codes (B, N)."""
-        t = self.number(timestep)
-        if self.noise == "philox":
-            noise = self.key_of_run(generator, model_output.device)
-        else:
-            B, K, N = model_output.shape
-            classes = K if t == 0 else K + 1
-            uniform = torch.rand((B, classes, N), device=model_output.device, generator=generator)
-            noise = uniform.add_(1e-30).log_().neg_().add_(1e-30)
-            if t == 0:
-                noise = torch.cat((noise, torch.ones_like(noise[:, :1])), 1)
-        prev = vq_diffusion_step(model_output.detach(), sample, self.transitions, t, noise=noise, dim=1)
+        (prev,) = vq_diffusion(self.stepper, self, model_output, timestep, sample, generator)
         return StepOutput(prev_sample=prev) if return_dict else (prev,)
 
 
@@ -141,21 +111,10 @@ class AmusedScheduler(OfCodes):
         self, num_inference_steps: int, temperature: float | tuple[float, float] | list[float] = (2, 0), device: Device = None
     ) -> None:
         """The run: so many steps, and the temperature of the confidences, from the first to the last."""
-        self.tables: dict[float, Tensor] = {}
-        self.temperature = temperature
+        heats = masking_table(num_inference_steps, kind=self.config["masking_schedule"], temperature=temperature)[:, 1]
         self.count_down(num_inference_steps, device)
-        self.temperatures = self.table(1.0)[:, 1].float().to(device)
-
-    def table(self, starting_mask_ratio: float) -> Tensor:
-        if starting_mask_ratio not in self.tables:
-            assert self.timesteps is not None
-            self.tables[starting_mask_ratio] = masking_table(
-                len(self.timesteps),
-                kind=self.config["masking_schedule"],
-                temperature=self.temperature,
-                starting_mask_ratio=starting_mask_ratio,
-            )
-        return self.tables[starting_mask_ratio]
+        self.temperatures = heats.float().to(device)
+        self.stepper.know("temperatures", self.temperatures, tuple(heats.tolist()))
 
     def step(
         self,
@@ -167,34 +126,9 @@ class AmusedScheduler(OfCodes):
         return_dict: bool = True,
     ) -> Any:
         """prev_sample and pred_original_sample, from logits (B, N, K) and codes (B, N), or (B, K, H, W) and (B, H, W)."""
-        t = self.number(timestep)
-        assert self.timesteps is not None
-        shape, dim = sample.shape, -1
-        if sample.dim() == 3 and model_output.dim() == 4:
-            sample, model_output, dim = sample.flatten(1), model_output.flatten(2), 1
-        logits = model_output.detach()
-        device = logits.device
-        noise: Any
-        if self.noise == "philox":
-            noise = self.key_of_run(generator, device)
-        else:
-            where, (B, N), K = place_of(generator, device), sample.shape, logits.shape[dim]
-            wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-            of_codes = torch.empty(B, N, K, device=where, dtype=wide).exponential_(generator=generator).to(device)
-            of_confidence = torch.ones(B, N, device=device, dtype=wide)
-            if t != 0:
-                uniform = torch.empty(B, N, device=where, dtype=logits.dtype).uniform_(generator=generator)
-                of_confidence = uniform.to(device, wide).clamp_(1e-20).log_().neg_()
-            noise = (of_codes if dim == -1 else of_codes.mT, of_confidence)
-        place, mask_id = len(self.timesteps) - 1 - t, self.config["mask_token_id"]
-        found = unmask_step(logits, sample, self.table(starting_mask_ratio), place, mask_id=mask_id, noise=noise, dim=dim)
-        prev, pred = (codes.reshape(shape) for codes in found)
+        prev, pred = amused(self.stepper, self, model_output, timestep, sample, starting_mask_ratio, generator)
         return StepOutput(prev_sample=prev, pred_original_sample=pred) if return_dict else (prev, pred)
 
     def add_noise(self, sample: Tensor, timesteps: int | Tensor, generator: Generator = None) -> Tensor:
         """Each code masked with the probability that `timesteps`, one of them, has in the schedule."""
-        t = self.number(timesteps)
-        assert self.timesteps is not None
-        ratio = float(self.table(1.0)[len(self.timesteps) - 1 - t, 0])
-        drawn = torch.rand(sample.shape, device=place_of(generator, sample.device), generator=generator).to(sample.device)
-        return torch.where(drawn < ratio, self.config["mask_token_id"], sample)
+        return masked(self.stepper, self, sample, timesteps, generator)
