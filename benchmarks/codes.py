@@ -18,7 +18,7 @@ import torch
 from benchmarks import machine
 from benchmarks.results import RESULTS
 from mmgen.evaluation.codes import Bits
-from mmgen.tasks.codes import Codes, Side, table
+from mmgen.tasks.codes import KINDS, Codes, Side, table
 
 PAGE, PICTURE = machine.ROOT / "docs" / "codes.md", machine.ROOT / "docs" / "codes.png"
 BLOCK = re.compile(r"(<!-- codes -->\n).*?(<!-- /codes -->)", re.DOTALL)
@@ -26,10 +26,9 @@ BLOCK = re.compile(r"(<!-- codes -->\n).*?(<!-- /codes -->)", re.DOTALL)
 
 def read(result: dict) -> Codes:
     """The result as the task made it."""
-    bits = ("held_out", "fresh_crops")
+    bits = ("test", "fresh_crops")
     sides = {
-        kind: Side(**{name: Bits(**value) if name in bits else value for name, value in result[kind].items()})
-        for kind in ("causal", "diffusion")
+        kind: Side(**{name: Bits(**value) if name in bits else value for name, value in result[kind].items()}) for kind in KINDS
     }
     return Codes(**{name: value for name, value in result.items() if name != "settings"} | sides)
 
@@ -40,19 +39,23 @@ def text(held: dict) -> str:
     lines = [f"| {' | '.join(heading)} |", "|---|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
     training = held["result"]["settings"]["causal"]["training"]
     steps = f"{result.steps}" if result.steps == training["steps"] else f"the first {result.steps} of {training['steps']}"
-    cost = [f"{side.cpu_seconds_per_step:.2f}" for side in (result.causal, result.diffusion)]
-    minutes = [f"{side.cpu_seconds_per_step * result.steps / 60:.1f}" for side in (result.causal, result.diffusion)]
-    drawing = [f"{side.cpu_seconds_per_picture:.1f}" for side in (result.causal, result.diffusion)]
+    sides = [getattr(result, kind) for kind in KINDS]
     told = (
-        f"Trained on {result.trained_tokens:,} codes each, {steps} steps of {training['batch_size']} crops. Held out: "
-        f"{result.held_out_pictures} tiles of {result.tokens_per_picture} codes, K = {result.codebook_size}, which the tokenizer "
-        f"gives back at {result.held_out_psnr:.2f} dB. The bound was drawn {result.replicates} times; ± is the standard error of "
-        f"that. CPU seconds, causal and diffusion: {' and '.join(cost)} for forward and backward of a training step, "
-        f"which is {' and '.join(minutes)} minutes of training, and {' and '.join(drawing)} for a picture, the latter in "
-        f"{result.tokens_per_picture} steps."
+        f"Trained on {result.trained_tokens:,} codes each, {steps} steps of {training['batch_size']} crops; best on the held-out "
+        f"photographs, and scored, after {each(sides, '{0.best_step}')} ({each(sides, '{0.held_out_bits:.3f}')} bits there). Test: "
+        f"{result.test_pictures} tiles of {result.tokens_per_picture} codes, K = {result.codebook_size}, which the tokenizer "
+        f"gives back at {result.test_psnr:.2f} dB. Bounds were drawn {result.replicates} times; ± is the standard error of "
+        f"that. CPU seconds of forward and backward of a training step: {each(sides, '{0.cpu_seconds_per_step:.2f}')}; of a "
+        f"picture: {each(sides, '{0.cpu_seconds_per_picture:.1f}')}, the latter two in {result.tokens_per_picture} steps."
     )
     where = f"{result.device}, {result.threads} thread{'s' if result.threads > 1 else ''}; torch {result.torch}; {stamp['date']}."
     return "\n".join(lines) + f"\n\n{told}\n\n{where} Raw: `benchmarks/results/{held['folder']}/codes.json`.\n"
+
+
+def each(sides: list[Side], what: str) -> str:
+    """`what` of each model, in the table's order."""
+    *first, last = (what.format(side) for side in sides)
+    return f"{', '.join(first)} and {last}"
 
 
 def keep(run: Path) -> None:

@@ -116,8 +116,9 @@ def add_code_tasks(tasks: Any) -> None:
     codes.add_argument("--tokenizer-steps", type=int, metavar="N", help="training steps of the tokenizer")
     codes.add_argument("--image-size", type=int, metavar="N", help="side of the training crops")
     codes.add_argument("--codebook-size", type=int, metavar="K")
-    codes.add_argument("--replicates", type=int, metavar="N", help="how often the diffusion model's bound is drawn")
+    codes.add_argument("--replicates", type=int, metavar="N", help="how often a diffusion model's bound is drawn")
     codes.add_argument("--until", type=int, metavar="N", help="compare after N of the --steps that the learning rate falls over")
+    codes.add_argument("--replaced", type=float, metavar="X", help="of mask and replace; default: 0.2")
     add_code_model(codes)
     add_training(codes, out="runs/codes")
 
@@ -126,6 +127,7 @@ def add_code_model(parser: argparse.ArgumentParser) -> None:
     for name in ("hidden-size", "depth", "num-heads"):
         parser.add_argument(f"--{name}", type=int, metavar="N")
     parser.add_argument("--ema-decay", type=float, metavar="X")
+    parser.add_argument("--eval-every", type=int, metavar="N", help="steps from one score on held-out pictures to the next")
 
 
 def add_common(parser: argparse.ArgumentParser, *, out: str) -> None:
@@ -307,7 +309,9 @@ def run_codes(options: argparse.Namespace) -> None:
     tokenizer = Experiment(
         with_options(preset.data, given), with_options(preset.model, given), with_options(preset.training, of_tokenizer)
     )
-    kinds = {kind: code_experiment(kind, tokenizer.data, tokenizer.model, given) for kind in ("causal", "diffusion")}
+    of_kinds = given | {"replaced": None}
+    kinds = {kind: code_experiment(kind, tokenizer.data, tokenizer.model, of_kinds) for kind in ("causal", "diffusion")}
+    kinds["mask_and_replace"] = code_experiment("mask_and_replace", tokenizer.data, tokenizer.model, given)
     comparison = with_options(CodeComparison(tokenizer, **kinds), given)  # type: ignore[arg-type]
     codes(comparison, options.out, device=set_up(options), resume=options.resume)
 

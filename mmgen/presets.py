@@ -184,12 +184,14 @@ class CodeComparison(Settings):
     tokenizer: Experiment
     causal: CodeExperiment
     diffusion: CodeDiffusionExperiment
-    replicates: int = 32  # of the numbers that the diffusion model's bound is drawn with
-    until: int | None = None  # both models stop there, on the way to their steps
+    mask_and_replace: CodeDiffusionExperiment
+    replicates: int = 32  # of the numbers that a diffusion model's bound is drawn with
+    until: int | None = None  # all models stop there, on the way to their steps
 
     def __post_init__(self):
-        if self.until is not None and self.until < 1:
-            raise ValueError(f"--until must be at least 1, got {self.until}")
+        every = self.causal.training.eval_every
+        if self.until is not None and (self.until < 1 or self.until % every):
+            raise ValueError(f"--until must be a multiple of {every}, the steps from one score to the next, got {self.until}")
         if self.replicates < 2:
             raise ValueError(f"--replicates must be at least 2, for a standard error, got {self.replicates}")
 
@@ -220,9 +222,13 @@ def with_replaced(experiment: CodeDiffusionExperiment, replaced: float) -> CodeD
 
 
 def codes(kind: str, data: DataConfig, tokenizer: VQVAEConfig) -> CodeExperiment:
-    """0.98 M parameters, be it "causal" or "diffusion": the one has wider MLPs for what the other spends on its time."""
+    """0.98 M parameters, be it "causal", "diffusion" or "mask_and_replace", the same network by another process.
+
+    The first has wider MLPs for what the others spend on their time.
+    """
     shape = {"num_codes": tokenizer.codebook_size, "code_dim": tokenizer.codebook_dim}
     shape |= {"grid_size": data.image_size // tokenizer.downsampling}
     if kind == "causal":
         return CodeExperiment(data, tokenizer, CodeTransformerConfig(**shape, mlp_ratio=4.4375), CodeTrainingConfig())
-    return CodeDiffusionExperiment(data, tokenizer, CodeDiffusionConfig(**shape), CodeTrainingConfig(), AbsorbingConfig())
+    process = MaskAndReplaceConfig() if kind == "mask_and_replace" else AbsorbingConfig()
+    return CodeDiffusionExperiment(data, tokenizer, CodeDiffusionConfig(**shape), CodeTrainingConfig(), process)

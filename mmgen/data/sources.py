@@ -1,4 +1,8 @@
-"""The datasets by name, each with a part that is trained on and a part that never is. Nothing is ever downloaded."""
+"""The datasets by name, each with a part that is trained on and a part that never is. Nothing is ever downloaded.
+
+What is held out may be looked at while a model is trained, and chosen by. Where there is a test part besides, it is for the last
+figure of all, and nothing is chosen by it.
+"""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,7 +27,8 @@ PHOTOGRAPHS = {
     "sklearn": ("datasets/images", "china.jpg flower.jpg"),
 }
 PHOTOGRAPH_SIDE = 4  # short side of a photograph in crops: a crop shows a face or a wheel rather than a texture
-UNSEEN = 4  # every fourth photograph: coffee, the left motorcycle, the flower
+GROUND = {"skimage": ("data", "brick.png grass.png gravel.png")}  # photographs too, trained on where six others are not
+PARTS = 4  # of every four photographs the third is of the test part and the last is held out
 FOLDER_SIDE = 2
 HELD_OUT_SHARE = 10  # of a folder, every tenth picture
 LABELLED_HELD_OUT = 3
@@ -55,6 +60,7 @@ class Data:
     held_out: Images
     gallery: list[Tensor]  # whole pictures to look at, (3, H, W) in [-1, 1]
     gallery_note: str = ""
+    test: Images | None = None  # of the last figure only; most datasets have none
 
 
 def load(config: DataConfig, seed: int) -> Data:
@@ -73,21 +79,25 @@ def photographs(config: DataConfig, seed: int) -> Data:
 
 
 def unseen_photographs(config: DataConfig, seed: int) -> Data:
-    """The same photographs; three of the twelve are held out whole, cut into tiles."""
+    """The same photographs in three parts, each of whole ones, and three of the ground to train on besides.
+
+    Held out are coffee, the left motorcycle and the flower; the test part is the cat, the moon and the roofs in China.
+    """
     paths, side = photograph_paths(), PHOTOGRAPH_SIDE * config.image_size
-    held_out = Pictures(paths[UNSEEN - 1 :: UNSEEN], side)
-    trained_on = Pictures([path for path in paths if path not in held_out.paths], side)
+    test, held_out = (Pictures(paths[PARTS - i :: PARTS], side) for i in (2, 1))
+    trained_on = [path for i, path in enumerate(paths) if i % PARTS < PARTS - 2] + photograph_paths(GROUND)
     return Data(
-        train=RandomCrops(trained_on, config.image_size, seed=seed),
+        train=RandomCrops(Pictures(trained_on, side), config.image_size, seed=seed),
         held_out=Tiles(held_out, config.image_size),
         gallery=[to_float(held_out[i]) for i in range(len(held_out))],
         gallery_note="Whole held-out photographs.",
+        test=Tiles(test, config.image_size),
     )
 
 
-def photograph_paths() -> list[Path]:
+def photograph_paths(photographs: dict[str, tuple[str, str]] = PHOTOGRAPHS) -> list[Path]:
     paths = []
-    for package, (folder, names) in PHOTOGRAPHS.items():
+    for package, (folder, names) in photographs.items():
         spec = find_spec(package)  # the package itself is not imported: skimage.data would set up its downloader
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"--dataset photographs needs {package}: pip install mmgen-kernels[mmgen]")

@@ -1,8 +1,8 @@
-"""Two models of a tokenizer's codes, compared: by what they need for photographs that nobody has seen, and by what they draw."""
+"""Three models of a tokenizer's codes, compared: by what they need for photographs that nobody has seen, and by what they draw."""
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,34 @@ from mmgen.data import StepSampler
 from mmgen.data.crops import RandomCrops, to_pixels
 from mmgen.diffusion.codes import Absorbing, AbsorbingConfig
 from mmgen.diffusion.mask_and_replace import MaskAndReplaceConfig, process_of
+from mmgen.evaluation import evaluate
 from mmgen.evaluation.codes import Bigram, Bits, bits_per_code, encoded, entropy
 from mmgen.models import VQVAE, CodeDiffusion, CodeDiffusionConfig, CodeTransformer, CodeTransformerConfig
 from mmgen.presets import CodeComparison, CodeSamplingConfig
 from mmgen.tasks.comparison import as_text
 from mmgen.tasks.digits import grid
 from mmgen.tasks.train import read_tokenizer, train, train_codes
-from mmgen.training import CodeDiffusionTrainer, CodeTrainer, checkpoint, log
+from mmgen.training import CodeDiffusionTrainer, CodeTrainer, checkpoint
 
 FRESH_CROPS = 64  # of the photographs trained on, to see how far apart known and unknown ones are
 TIMED_STEPS = 3
 SHOWN = 10  # pictures in a row
-FEW_STEPS = 16  # of the diffusion model, besides as many as the other has codes to draw
+FEW_STEPS = 16  # of the diffusion models, besides as many as the other has codes to draw
+KINDS = {
+    "causal": "causal transformer, exact",
+    "diffusion": "diffusion transformer, bound from above",
+    "mask_and_replace": "the same, mask and replace, bound from above",
+}
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model."""
+    """One model, at the step that did best on the held-out photographs."""
 
     parameters: int
-    held_out: Bits  # exact, or a bound from above
+    best_step: int
+    held_out_bits: float  # by which that step was chosen: exact, or a bound from above that was drawn once
+    test: Bits  # exact, or a bound from above
     fresh_crops: Bits  # of the photographs that it was trained on
     cpu_seconds_per_step: float
     cpu_seconds_per_picture: float
@@ -46,18 +54,20 @@ class Codes:
     codebook_size: int
     tokens_per_picture: int
     held_out_pictures: int
-    held_out_psnr: float  # of the tokenizer, dB
+    test_pictures: int
+    test_psnr: float  # of the tokenizer, dB
     steps: int
     trained_tokens: int
     replicates: int
     uniform: float  # bits per code, and below
-    held_out_entropy: float
-    unigram: float  # of held-out photographs
+    test_entropy: float
+    unigram: float  # of test photographs
     bigram: float
     fresh_unigram: float  # of fresh crops of the photographs trained on
     fresh_bigram: float
     causal: Side
     diffusion: Side
+    mask_and_replace: Side
     device: str
     threads: int
     torch: str
@@ -69,40 +79,45 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
     from mmgen.tasks.report import device_name
 
     tokenizer = train(comparison.tokenizer, out / "tokenizer", device=device, resume=resume)
-    runs = {
-        kind: train_codes(experiment, tokenizer.folder, out / kind, device=device, resume=resume, until=comparison.until)
-        for kind, experiment in (("causal", comparison.causal), ("diffusion", comparison.diffusion))
-    }
-    causal, held_out = runs["causal"], runs["causal"].held_out  # (M, T)
+    if tokenizer.data.test is None:
+        raise ValueError(f"the comparison is scored on a test part, which dataset {comparison.tokenizer.data.dataset!r} has not")
+    where: dict[str, Any] = {"device": device, "resume": resume, "until": comparison.until}
+    runs = {kind: train_codes(getattr(comparison, kind), tokenizer.folder, out / kind, **where) for kind in KINDS}
     if len({run.step for run in runs.values()}) > 1:
-        raise ValueError(f"--out {out} holds runs of {causal.step} and {runs['diffusion'].step} steps: go on to the same step")
-    K = comparison.tokenizer.model.codebook_size
+        steps = ", ".join(str(run.step) for run in runs.values())
+        raise ValueError(f"--out {out} holds runs of {steps} steps: go on to the same step")
+    causal, K = runs["causal"], comparison.tokenizer.model.codebook_size
+    of_pictures: dict[str, Any] = {"batch_size": causal.config.batch_size, "device": device}
+    test = encoded(causal.tokenizer, tokenizer.data.test, **of_pictures)  # (M, T)
     fresh = [causal.train[len(causal.train) + i] for i in range(FRESH_CROPS)]  # type: ignore[arg-type]  # items of no epoch
-    known = encoded(causal.tokenizer, fresh, batch_size=causal.config.batch_size, device=device)  # type: ignore[arg-type]
+    known = encoded(causal.tokenizer, fresh, **of_pictures)  # type: ignore[arg-type]
     counted = Bigram(trained_codes(causal), K)
-    (unigram, bigram), (fresh_unigram, fresh_bigram) = counted.bits(held_out.cpu()), counted.bits(known.cpu())
+    (unigram, bigram), (fresh_unigram, fresh_bigram) = counted.bits(test.cpu()), counted.bits(known.cpu())
     sides, pictures = {}, {}
     for kind, run in runs.items():
         start = time.process_time()
-        pictures[kind] = draw(run, SHOWN, CodeSamplingConfig(num_inference_steps=held_out.shape[1]))
+        pictures[kind] = draw(run, SHOWN, CodeSamplingConfig(num_inference_steps=test.shape[1]))
         seconds_per_picture = (time.process_time() - start) / SHOWN
         sides[kind] = Side(
             parameters=sum(p.numel() for p in run.model.parameters()),
-            held_out=bits(run, held_out, comparison.replicates, stream=2),
+            best_step=run.best_step,
+            held_out_bits=run.best_bits,
+            test=bits(run, test, comparison.replicates, stream=2),
             fresh_crops=bits(run, known, comparison.replicates, stream=3),
             cpu_seconds_per_step=seconds_per_step(run, fresh),
             cpu_seconds_per_picture=seconds_per_picture,
         )
     result = Codes(
         codebook_size=K,
-        tokens_per_picture=held_out.shape[1],
-        held_out_pictures=len(held_out),
-        held_out_psnr=log.read(tokenizer.log_file)[-1]["held_out_psnr"],
+        tokens_per_picture=test.shape[1],
+        held_out_pictures=len(causal.held_out),
+        test_pictures=len(test),
+        test_psnr=evaluate(tokenizer.model, tokenizer.data.test, **of_pictures)["psnr"],
         steps=causal.step,
-        trained_tokens=causal.step * causal.config.batch_size * held_out.shape[1],
+        trained_tokens=causal.step * causal.config.batch_size * test.shape[1],
         replicates=comparison.replicates,
         uniform=torch.tensor(K).log2().item(),
-        held_out_entropy=entropy(held_out.cpu(), K),
+        test_entropy=entropy(test.cpu(), K),
         unigram=unigram,
         bigram=bigram,
         fresh_unigram=fresh_unigram,
@@ -114,9 +129,7 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
     )
     print(f"\n{as_text(table(result))}\n")
     (out / "results.json").write_text(json.dumps(asdict(result) | {"settings": comparison.settings}, indent=2) + "\n")
-    few = CodeSamplingConfig(num_inference_steps=FEW_STEPS, order="confidence")
-    pictures["few steps"] = draw(runs["diffusion"], SHOWN, few)
-    rows = shown(runs, pictures)
+    rows = shown(runs, pictures, test)
     Image.fromarray(to_pixels(grid([row for _, row in rows]), enlarged=2)).save(out / "codes.png")
     (out / "report.html").write_text(page(result, comparison, runs, rows))
     print(f"Pictures and curves: {out / 'report.html'}")
@@ -133,9 +146,9 @@ def trained_codes(run: CodeTrainer) -> Tensor:
 
 
 def bits(run: CodeTrainer, pictures: Tensor, replicates: int, *, stream: int) -> Bits:
-    """Per code of pictures (M, T), by the average of a run."""
+    """Per code of pictures (M, T), by the best of a run."""
     return bits_per_code(
-        lambda part, key: run.nats(run.ema, part, key),
+        lambda part, key: run.nats(run.best, part, key),
         pictures,
         key=mk.fold_in(run.key, stream),
         batch_size=4 * run.config.batch_size,
@@ -157,11 +170,11 @@ def seconds_per_step(run: CodeTrainer, images: list[Tensor]) -> float:
 
 
 def draw(run: CodeTrainer, samples: int, sampling: CodeSamplingConfig, start: Tensor | None = None) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] by the average of a run; `start` (N, t) are codes that are given."""
+    """Images (N, C, H, W) in [-1, 1] by the best of a run; `start` (N, t) are codes that are given."""
     process = run.process if isinstance(run, CodeDiffusionTrainer) else None
     if start is None:
         start = torch.empty(samples, 0, dtype=torch.int64, device=run.device)
-    return decoded(run.tokenizer, draw_codes(run.ema, process, start, sampling))
+    return decoded(run.tokenizer, draw_codes(run.best, process, start, sampling))
 
 
 def draw_codes(model: Any, process: Absorbing | None, start: Tensor, sampling: CodeSamplingConfig) -> Tensor:
@@ -182,25 +195,31 @@ def decoded(tokenizer: VQVAE, pictures: Tensor) -> Tensor:
     return tokenizer.decode_code(pictures.unflatten(1, (side, side))).clamp(-1, 1).cpu()
 
 
-def shown(runs: dict[str, CodeTrainer], drawn: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Rows of pictures (N, C, H, W), each with what it is."""
-    run = runs["causal"]
-    T = run.held_out.shape[1]
-    some = run.held_out[torch.arange(SHOWN, device=run.device) * len(run.held_out) // SHOWN]  # (N, T)
+def shown(runs: dict[str, CodeTrainer], drawn: dict[str, Tensor], test: Tensor) -> list[tuple[str, Tensor]]:
+    """Rows of pictures (N, C, H, W), each with what it is; `test` (M, T) are codes of test photographs."""
+    T = test.shape[1]
+    some = test[torch.arange(SHOWN, device=test.device) * len(test) // SHOWN]  # (N, T)
     upper, sampling = some[:, : T // 2], CodeSamplingConfig(num_inference_steps=T)
-    completed = {kind: draw(runs[kind], SHOWN, sampling, start=upper) for kind in runs}
+    completed = {kind: draw(run, SHOWN, sampling, start=upper) for kind, run in runs.items()}
+    few = CodeSamplingConfig(num_inference_steps=FEW_STEPS)
+    by_chance = {kind: draw(runs[kind], SHOWN, few) for kind in ("diffusion", "mask_and_replace")}
+    surest = draw(runs["diffusion"], SHOWN, replace(few, order="confidence"))
     return [
         ("drawn by the causal transformer, code after code", drawn["causal"]),
         (f"drawn by the diffusion transformer in {T} steps", drawn["diffusion"]),
-        (f"drawn by the diffusion transformer in {FEW_STEPS} steps, the surest codes first", drawn["few steps"]),
-        ("held-out photographs, through the tokenizer", decoded(run.tokenizer, some)),
+        (f"drawn by mask and replace in {T} steps", drawn["mask_and_replace"]),
+        (f"drawn by the diffusion transformer in {FEW_STEPS} steps", by_chance["diffusion"]),
+        (f"drawn by mask and replace in {FEW_STEPS} steps", by_chance["mask_and_replace"]),
+        (f"drawn by the diffusion transformer in {FEW_STEPS} steps, the surest codes first", surest),
+        ("test photographs, through the tokenizer", decoded(runs["causal"].tokenizer, some)),
         ("their upper halves, completed by the causal transformer", completed["causal"]),
         ("their upper halves, completed by the diffusion transformer", completed["diffusion"]),
+        ("their upper halves, completed by mask and replace", completed["mask_and_replace"]),
     ]
 
 
 def read_model(last: Path) -> tuple[nn.Module, Absorbing | None]:
-    """The average that a checkpoint holds, and the process of a diffusion model."""
+    """The best average that a checkpoint holds, and the process of a diffusion model."""
     saved = checkpoint.read_config(last)
     model: nn.Module
     process = None
@@ -210,29 +229,29 @@ def read_model(last: Path) -> tuple[nn.Module, Absorbing | None]:
         model, process = CodeDiffusion(config), process_of(kind(**saved["process"]), config.num_codes)
     else:
         model = CodeTransformer(CodeTransformerConfig(**saved["model"]))
-    model.load_state_dict(checkpoint.read_state(last)["ema"])
+    model.load_state_dict(checkpoint.read_state(last)["best"]["weights"])
     return model.eval(), process
 
 
 def table(result: Codes) -> list[tuple[str, str, str, str]]:
-    """Rows of what, bits per code of held-out photographs, of fresh crops of known ones, parameters; the first is the heading."""
+    """Rows of what, bits per code of test photographs, of fresh crops of known ones, parameters; the first is the heading."""
 
-    def row(name: str, model: Side, sign: str = "") -> tuple[str, str, str, str]:
+    def row(kind: str) -> tuple[str, str, str, str]:
+        model: Side = getattr(result, kind)
         known, unknown = (
-            f"{sign}{bits.mean:.3f}" + (f" ± {bits.standard_error:.3f}" if bits.standard_error else "")
-            for bits in (model.fresh_crops, model.held_out)
+            f"≤ {bits.mean:.3f} ± {bits.standard_error:.3f}" if bits.standard_error else f"{bits.mean:.3f}"
+            for bits in (model.fresh_crops, model.test)
         )
-        return name, unknown, known, f"{model.parameters:,}"
+        return KINDS[kind], unknown, known, f"{model.parameters:,}"
 
     pairs = (result.codebook_size + 1) * result.codebook_size
     return [
-        ("bits per code", "held-out photographs", "fresh crops of known ones", "parameters"),
+        ("bits per code", "test photographs", "fresh crops of known ones", "parameters"),
         ("all codes alike", f"{result.uniform:.3f}", "", "0"),
         ("shares of codes in training", f"{result.unigram:.3f}", f"{result.fresh_unigram:.3f}", f"{result.codebook_size:,}"),
-        ("entropy of the held-out codes' own shares", f"{result.held_out_entropy:.3f}", "", ""),
+        ("entropy of the test codes' own shares", f"{result.test_entropy:.3f}", "", ""),
         ("pairs of codes in training", f"{result.bigram:.3f}", f"{result.fresh_bigram:.3f}", f"{pairs:,}"),
-        row("causal transformer, exact", result.causal),
-        row("diffusion transformer, bound from above", result.diffusion, "≤ "),
+        *(row(kind) for kind in KINDS),
     ]
 
 

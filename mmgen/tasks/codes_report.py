@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmgen.presets import CodeComparison
-from mmgen.tasks.codes import Codes, table
+from mmgen.tasks.codes import KINDS, Codes, table
 from mmgen.tasks.digits import grid
 from mmgen.tasks.report import STYLE, embedded, picture_tag, table_rows
 from mmgen.training import CodeTrainer, log
@@ -17,18 +17,20 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>mmgen codes</title>
 {style}
-<h1>Two models of a tokenizer's codes</h1>
-<p>A VQ-VAE turns each {pixels} &times; {pixels} crop of a photograph into {tokens} of {codebook_size} codes. Two transformers of
-the same size saw the same {trained_tokens:,} codes of crops of nine photographs: one predicts each code from those before it, the
-other predicts hidden ones from those that are seen. Three photographs were shown to none of the three models; they are scored
-whole, in {held_out_pictures} tiles, which the tokenizer gives back at {held_out_psnr:.2f} dB.</p>
+<h1>Three models of a tokenizer's codes</h1>
+<p>A VQ-VAE turns each {pixels} &times; {pixels} crop of a photograph into {tokens} of {codebook_size} codes. Three transformers of
+the same size saw the same {trained_tokens:,} codes of crops of nine photographs: one predicts each code from those before it, one
+predicts hidden codes from those that are seen, and one does so where some that are seen have been replaced by others. Three
+photographs more ({held_out_pictures} tiles) are scored while they are trained, and a transformer's best step on those is what is
+scored in the end, once, on the three of the test part: whole, in {test_pictures} tiles, which the tokenizer gives back at
+{test_psnr:.2f} dB. Nothing was trained on either.</p>
 <table>{table}</table>
 <ul>
-<li>The causal transformer's figure is its cross-entropy. The diffusion transformer's is a bound from above on what it needs, drawn
-{replicates} times for all tiles; &plusmn; is the standard error of the drawing, not of the choice of photographs.</li>
+<li>The causal transformer's figure is its cross-entropy. The others' are bounds from above on what they need, drawn {replicates}
+times for all tiles; &plusmn; is the standard error of the drawing, not of the choice of photographs.</li>
 <li>Shares and pairs (each code and the one before it, Witten and Bell) are counted on the codes that the transformers saw.</li>
-<li>CPU seconds: a training step forward and backward {causal_step:.2f} (causal) and {diffusion_step:.2f} (diffusion); a picture
-{causal_picture:.2f} and, in {tokens} steps, {diffusion_picture:.2f}.</li>
+<li>Best steps: {best}.</li>
+<li>CPU seconds of a training step forward and backward: {step}. Of a picture, by the latter two in {tokens} steps: {picture}.</li>
 </ul>
 <h2>Pictures</h2>
 {pictures}
@@ -53,17 +55,22 @@ def page(result: Codes, comparison: CodeComparison, runs: dict[str, CodeTrainer]
         codebook_size=result.codebook_size,
         trained_tokens=result.trained_tokens,
         held_out_pictures=result.held_out_pictures,
-        held_out_psnr=result.held_out_psnr,
+        test_pictures=result.test_pictures,
+        test_psnr=result.test_psnr,
         replicates=result.replicates,
         table=table_rows(table(result)),
-        causal_step=result.causal.cpu_seconds_per_step,
-        diffusion_step=result.diffusion.cpu_seconds_per_step,
-        causal_picture=result.causal.cpu_seconds_per_picture,
-        diffusion_picture=result.diffusion.cpu_seconds_per_picture,
+        best=each(result, "{0.best_step} of " + str(result.steps)),
+        step=each(result, "{0.cpu_seconds_per_step:.2f}"),
+        picture=each(result, "{0.cpu_seconds_per_picture:.2f}"),
         pictures="".join(f"<p>{html.escape(what)}:</p>{picture_tag(grid([row]))}" for what, row in rows),
         curves=curves(result, runs),
         facts=html.escape("\n".join(lines)),
     )
+
+
+def each(result: Codes, what: str) -> str:
+    """`what` of each model, in words."""
+    return ", ".join(f"{what.format(getattr(result, kind))} ({kind.replace('_', ' ')})" for kind in KINDS)
 
 
 def curves(result: Codes, runs: dict[str, CodeTrainer]) -> str:
@@ -73,11 +80,11 @@ def curves(result: Codes, runs: dict[str, CodeTrainer]) -> str:
         records = log.read(run.log_file)
         (line,) = axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=0.5, alpha=0.5)
         scored = {r["step"]: r["held_out_bits"] for r in records if "held_out_bits" in r}
-        axes.plot([*scored], [*scored.values()], "o-", color=line.get_color(), label=f"{kind}, average of the weights, held out")
-    for name, bits in (("shares", result.unigram), ("pairs", result.bigram)):
-        axes.axhline(bits, linestyle=":", color="grey")
-        axes.annotate(name, (0, bits))
-    axes.set(title="bits per code (line: a batch)", xlabel="step", ylim=(0, result.uniform + 1))
+        name = kind.replace("_", " ")
+        axes.plot([*scored], [*scored.values()], ".-", color=line.get_color(), label=f"{name}, average of the weights, held out")
+        axes.plot(run.best_step, run.best_bits, "o", color=line.get_color())
+    title = "bits per code (thin: of a batch; dot: of held-out photographs; large dot: the step that is scored)"
+    axes.set(title=title, xlabel="step", ylim=(0, result.uniform + 1))
     axes.grid(alpha=0.3)
     axes.legend()
     file = io.BytesIO()

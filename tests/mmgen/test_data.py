@@ -3,6 +3,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -52,13 +53,37 @@ def test_tiles_cover_a_picture_once(columns):
     assert len(tiles) == 48 and {tuple(tile.shape) for tile in tiles} == {(3, CROP, CROP)}
 
 
-def test_unseen_photographs_are_of_other_files():
+def test_unseen_photographs_come_in_three_parts_of_other_files():
     data = load(DataConfig("unseen-photographs", image_size=CROP), seed=0)
-    trained_on, held_out = data.train.pictures.paths, data.held_out.pictures.paths
-    assert [path.name for path in held_out] == ["coffee.png", "motorcycle_left.png", "flower.jpg"]
-    assert len(trained_on) == 9 and not set(trained_on) & set(held_out)
+    names = [[path.name for path in part.pictures.paths] for part in (data.train, data.held_out, data.test)]
+    assert names[1] == ["coffee.png", "motorcycle_left.png", "flower.jpg"]
+    assert names[2] == ["chelsea.png", "moon.png", "china.jpg"]
+    assert len(names[0]) == 9 and len(set().union(*names)) == 15
+    assert "motorcycle_right.png" not in names[0]  # shows what is held out
     assert not data.train.hold_out_middle
     assert len(data.gallery) == 3
+    everything = load(DataConfig("photographs", image_size=CROP), seed=0).train.pictures.paths
+    assert {path.name for path in everything} == set().union(*names) - {"brick.png", "grass.png", "gravel.png"}
+
+
+def test_no_two_parts_of_unseen_photographs_show_the_same():
+    """Thumbnails of 8 x 8 tell the two views of the motorcycle for one picture, and no two photographs of other parts."""
+
+    def likeness(a: Pictures, b: Pictures) -> torch.Tensor:
+        small = torch.stack([F.adaptive_avg_pool2d(p.float(), 8).flatten() for part in (a, b) for p in part])  # (n, 192)
+        return torch.corrcoef(small)[: len(a), len(a) :]
+
+    data = load(DataConfig("unseen-photographs", image_size=CROP), seed=0)
+    train, held_out, test = (part.pictures for part in (data.train, data.held_out, data.test))
+    right_view = Pictures([held_out.paths[1].with_name("motorcycle_right.png")], held_out.short_side)
+    assert likeness(held_out, right_view)[1] > 0.9
+    for a, b in ((train, held_out), (train, test), (held_out, test)):
+        assert likeness(a, b).max() < 0.7
+
+
+@pytest.mark.parametrize(("dataset", "tested"), [("photographs", False), ("digits", False), ("unseen-photographs", True)])
+def test_only_unseen_photographs_have_a_test_part(dataset, tested):
+    assert (load(DataConfig(dataset, image_size=CROP), seed=0).test is not None) == tested
 
 
 @pytest.mark.parametrize("dataset", ["photographs", "unseen-photographs", "digits"])
