@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
+from mmgen_kernels.battery.draws import randint, randn
 from mmgen_kernels.battery.schedule.discrete import DIFFUSIONS, KEPT, posterior
 from mmgen_kernels.battery.schedule.discrete_loss import posteriors
-from mmgen_kernels.battery.vq.data import randint, randn
 
 CPU = torch.device("cpu")
 K = 5

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends, battery
+from mmgen_kernels.battery.draws import randint, randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.schedule.discrete import KEPT
-from mmgen_kernels.battery.vq.data import randint, randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 from mmgen_kernels.library import OPERATORS
 
 K = 9

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Dtypes
+from mmgen_kernels.battery.draws import rand, randint, randn
 from mmgen_kernels.battery.schedule.discrete import DIFFUSIONS, KEPT
 from mmgen_kernels.battery.schedule.law import FEW, FP32, FP64, SAME, Subject, Tensors, pair
-from mmgen_kernels.battery.vq.data import rand, randint, randn
 
 SHAPE = (5, 6, 37)  # B, N, K
 STEPS = (1, 0, 3, 4, 5)
