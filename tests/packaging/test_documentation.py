@@ -3,8 +3,12 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from mmgen_kernels import backends, library
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,24 @@ def test_the_table_of_code_models_is_that_of_the_results(root):
 def test_the_table_of_tokenizers_is_that_of_the_results(root):
     done = subprocess.run([sys.executable, "-m", "benchmarks.tokenizers", "--check"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_operator_that_the_guide_adds_works(root):
+    registered = set(library.OPERATORS)
+    plain, public, schema = re.findall(r"```python\n(.*?)```", (root / "docs" / "add-an-op.md").read_text(), re.DOTALL)
+    reference = {"Tensor": torch.Tensor}
+    exec(plain, reference)
+    toy = {"Tensor": torch.Tensor, "backends": backends, "library": library, "check": lambda x, y: None}
+    toy["reference"] = SimpleNamespace(**reference)
+    exec(public + schema, toy)
+    for name in set(library.OPERATORS) - registered:  # it works on, and the walks over all operators do not see it
+        del library.OPERATORS[name]
+    x, y = (torch.tensor(values, requires_grad=True) for values in ([1.0, 2.0], [3.0, 5.0]))
+    torch.library.opcheck(torch.ops.mmgen_kernels.scaled_add.default, (x, y, 2.0))
+    torch.library.opcheck(torch.ops.mmgen_kernels.scaled_add_backward.default, (x.detach(), 2.0, True, True))
+    with backends.use_backend("reference"):
+        toy["scaled_add"](x, y, factor=2.0).sum().backward()
+    assert x.grad.tolist() == [1, 1] and y.grad.tolist() == [2, 2]
 
 
 def test_an_old_python_is_told_so(root, tmp_path):
