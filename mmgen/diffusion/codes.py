@@ -57,12 +57,16 @@ class Absorbing:
         others = mk.philox_uniform(shape, mk.fold_in(key, HIDDEN), dtype=torch.float64)  # (B, T)
         return (others < (t.double() / self.num_timesteps)[:, None]).scatter(1, sure[:, None], True)
 
+    def logits(self, model: Model, x_t: Tensor, told: Tensor) -> Tensor:
+        """Of the codes that belong at each place of x_t (B, T), at times `told` (B,) from 0 to TIMES_TOLD; (B, T, K)."""
+        return model(x_t, told)
+
     def nats(self, model: Model, codes: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
         """What these times (B,) and these hidden places (B, T) say of the bound on -log p of pictures (B, T); (B,).
 
         Its mean over `times` and `hidden` is the bound.
         """
-        logits = model(codes.masked_fill(hidden, self.num_codes), t * TIMES_TOLD / self.num_timesteps)  # (B, T, K)
+        logits = self.logits(model, codes.masked_fill(hidden, self.num_codes), t * TIMES_TOLD / self.num_timesteps)  # (B, T, K)
         missed = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")  # (B, T)
         return codes.shape[1] * (missed * hidden).sum(dim=1) / hidden.sum(dim=1)
 
@@ -117,7 +121,7 @@ class Absorbing:
                 told = torch.full((len(x),), TIMES_TOLD * left / num_inference_steps, device=x.device)  # (B,)
             else:
                 told = TIMES_TOLD * (x == self.num_codes).double().mean(dim=1)
-            logits = likeliest(model(x, told), top_k)  # (B, T, K)
+            logits = likeliest(self.logits(model, x, told), top_k)  # (B, T, K)
             if order == "chance":
                 x = cast(Tensor, mk.vq_diffusion_step(logits, x, chances, left - 1, noise=key, temperature=temperature))
             else:

@@ -8,6 +8,13 @@ code that was drawn wrongly can be drawn again.
 
 summed over places; in the end everything is hidden, which costs nothing.
 
+The network says what belongs at a place by what is seen around it, and Bayes' rule adds what is seen there:
+
+    p_model(k | x_t, t) ~ softmax(logits)_k q(x_t | k)
+
+which is a logit of ``log(1 + A / B)`` more for the code that is seen. A network that had to say the whole of p_model would first
+have to learn that what is seen is nearly always right: one that gives all codes alike costs twice as many bits as there are.
+
 Source: Gu et al., Vector Quantized Diffusion Model, 2022, equations 5 to 11; Austin et al. 2021, appendix A.
 """
 
@@ -54,6 +61,13 @@ class MaskAndReplace(Absorbing):
         """The nine numbers of steps t (B,), (B, 1) each, fp64."""
         return self.rows.to(t.device)[t - 1].unsqueeze(2).unbind(1)
 
+    def logits(self, model: Model, x_t: Tensor, told: Tensor) -> Tensor:
+        tau = told.double() / TIMES_TOLD  # (B,)
+        odds = self.num_codes * (1 - self.replaced * tau) / (self.replaced * tau).clamp(min=SMALL)  # A / B
+        said = model(x_t, told)  # (B, T, K)
+        seen = F.one_hot(x_t, self.num_codes + 1)[..., :-1]  # (B, T, K)
+        return said + seen * odds.log1p().to(said.dtype)[:, None, None]
+
     def posterior(self, share: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """p(x_{t-1} | x_t), (B, T, K + 1), where x is the code k with probability share (B, T, K), fp64."""
         a, b, c, A, B, C, A_before, B_before, C_before = (number.unsqueeze(2) for number in self.of_step(t))
@@ -65,7 +79,7 @@ class MaskAndReplace(Absorbing):
 
     def nats(self, model: Model, codes: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
         """What these times (B,) and x_t (B, T) say of the bound on -log p of pictures (B, T), which is their mean; (B,)."""
-        logits = model(x_t, t * TIMES_TOLD / self.num_timesteps)  # (B, T, K)
+        logits = self.logits(model, x_t, t * TIMES_TOLD / self.num_timesteps)  # (B, T, K)
         share = logits.double().softmax(dim=2)  # what fp32 rounds to nothing would teach nothing
         wanted = self.posterior(F.one_hot(codes, self.num_codes).double(), x_t, t)  # (B, T, K + 1)
         said = self.posterior(share, x_t, t).clamp(min=SMALL)

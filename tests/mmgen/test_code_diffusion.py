@@ -52,16 +52,19 @@ def posterior(t: int, replaced: float) -> torch.Tensor:
 
 @functools.cache
 def backwards(t: int, replaced: float = 0.0) -> torch.Tensor:
-    """p(x_{t-1} = column | x_t = row) of whole states: at each place the posterior, averaged over what the model says of x_0.
+    """p(x_{t-1} = column | x_t = row) of whole states: at each place the posterior, averaged over what is believed of x_0.
 
+    That is what the model says of the place, and by Bayes' rule what is seen there.
     What cannot be (a seen code that is not x_0, where none is replaced) has no posterior; a seen code then stays.
     """
     of_place = posterior(t, replaced)[:K]  # (K, K + 1, K + 1)
     rows = []
     for i, state in enumerate(STATES):
         said = SAID[i, t].softmax(dim=1)  # (T, K)
+        believed = said * until(t, replaced)[:K, list(state)].T  # (T, K)
+        believed = torch.nan_to_num(believed / believed.sum(dim=1, keepdim=True))
         places = [
-            torch.einsum("k,kp->p", said[j], of_place[:, state[j]])
+            torch.einsum("k,kp->p", believed[j], of_place[:, state[j]])
             if state[j] == HIDDEN or replaced
             else of_place[state[j], state[j]]
             for j in range(T)
@@ -175,6 +178,20 @@ def test_a_model_that_needs_no_order_meets_its_likelihood():
         for t in range(1, S + 1):
             weight = torch.tensor([chance(mask, t) for mask in MASKS], dtype=torch.float64) / S  # (7,)
             said = absorbing.nats(lambda x, t: shares.log().expand(rows, T, K), codes, torch.full((rows,), t), hidden)
+            total += (weight * said).sum().item()
+        assert total == pytest.approx(-sum(math.log(shares[j, x].item()) for j, x in enumerate(picture)), rel=1e-9)
+
+
+def test_with_replaced_codes_too_it_meets_its_likelihood():
+    """It says the same of a place whatever is seen there; how far that is to be believed is not the model's to learn."""
+    shares = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    states = torch.tensor(STATES)  # (64, T)
+    for picture in SOME:
+        codes, total = torch.tensor([picture]).expand(len(STATES), T), 0.0
+        for t in range(1, S + 1):
+            weight = torch.tensor([chance_of(state, picture, t, 0.3) for state in STATES], dtype=torch.float64) / S  # (64,)
+            times = torch.full((len(STATES),), t)
+            said = process(0.3).nats(lambda x, t: shares.log().expand(len(x), T, K), codes, times, states)
             total += (weight * said).sum().item()
         assert total == pytest.approx(-sum(math.log(shares[j, x].item()) for j, x in enumerate(picture)), rel=1e-9)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from mmgen import presets
 from mmgen.cli import main
 from mmgen.data import DataConfig, load
-from mmgen.diffusion.mask_and_replace import MaskAndReplace, MaskAndReplaceConfig, process_of
+from mmgen.diffusion.mask_and_replace import MaskAndReplace
 from mmgen.evaluation.codes import entropy
 from mmgen.tasks import codes
 from mmgen.training import checkpoint, log
@@ -44,16 +44,12 @@ def test_four_runs_leave_logs_and_checkpoints_of_the_options(finished):
 
 
 def test_results_say_what_models_that_know_nothing_need(finished):
-    """After four steps the transformers still give all codes alike, which mask and replace pays for at seen places, too."""
-    process = process_of(MaskAndReplaceConfig(), 32)
-    some = torch.randint(32, (2048, 16))
-    doubting = process.draw_nats(lambda x, t: torch.zeros(*x.shape, 32), some, torch.tensor([0, 0])).mean().item()
-    alike = {"causal": 5, "diffusion": 5, "mask_and_replace": doubting / (16 * math.log(2))}
+    """After four steps the transformers still give all codes alike."""
     result = json.loads((finished / "results.json").read_text())
     assert result["uniform"] == 5 and result["trained_tokens"] == 4 * 4 * 16
     assert result["test_entropy"] <= result["unigram"]
     for kind in codes.KINDS:
-        assert result[kind]["test"]["mean"] == pytest.approx(alike[kind], rel=0.12), kind
+        assert result[kind]["test"]["mean"] == pytest.approx(5, abs=0.6), kind
         assert result[kind]["parameters"] > 0 and result[kind]["cpu_seconds_per_step"] > 0
         scored = {r["step"]: r["held_out_bits"] for r in log.read(finished / kind / "log.jsonl") if "held_out_bits" in r}
         assert [*scored] == [2, 4]
@@ -84,11 +80,11 @@ def test_the_report_needs_nothing_beside_it(finished):
     page = (finished / "report.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == 11  # ten rows and the curves
+    assert len(pictures) == 10  # nine rows and the curves
     assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (2 * 10 * 17, 2 * 17)
     for words in ("bound from above", "causal transformer, exact", "cpu", torch.__version__):
         assert words in page
-    assert Image.open(finished / "codes.png").size == (2 * 10 * 17, 2 * 10 * 17)
+    assert Image.open(finished / "codes.png").size == (2 * 10 * 17, 2 * 9 * 17)
 
 
 def test_run_again_the_finished_comparison_trains_nothing(finished, capsys):
