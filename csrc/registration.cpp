@@ -4,6 +4,7 @@
 #include "attn/attention.h"
 #include "attn/qk_norm_rope.h"
 #include "blocks/activation.h"
+#include "boxed.h"
 #include "modulation/modulation.h"
 #include "philox/tensors.h"
 #include "schedule/schedule.h"
@@ -14,44 +15,44 @@
 #include "vq/vector_quantize.h"
 
 STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
-  m.impl("nearest_code", TORCH_BOX(&mmgen_kernels::vq::nearest_code_cpu));
-  m.impl("vector_quantize", TORCH_BOX(&mmgen_kernels::vq::vector_quantize_cpu));
-  m.impl("vector_quantize_backward", TORCH_BOX(&mmgen_kernels::vq::vector_quantize_backward_cpu));
-  m.impl("gather_codes", TORCH_BOX(&mmgen_kernels::vq::gather_codes_cpu));
-  m.impl("gather_codes_backward", TORCH_BOX(&mmgen_kernels::vq::gather_codes_backward_cpu));
-  m.impl("code_statistics", TORCH_BOX(&mmgen_kernels::vq::code_statistics_cpu));
-  m.impl("code_statistics_backward", TORCH_BOX(&mmgen_kernels::vq::code_statistics_backward_cpu));
-  m.impl("update_codebook_ema_", TORCH_BOX(&mmgen_kernels::vq::update_codebook_ema_cpu));
-  m.impl("replace_dead_codes_", TORCH_BOX(&mmgen_kernels::vq::replace_dead_codes_cpu));
-  m.impl("residual_quantize", TORCH_BOX(&mmgen_kernels::vq::residual_quantize_cpu));
-  m.impl("residual_quantize_backward", TORCH_BOX(&mmgen_kernels::vq::residual_quantize_backward_cpu));
-  m.impl("code_entropy", TORCH_BOX(&mmgen_kernels::vq::code_entropy_cpu));
-  m.impl("code_entropy_backward", TORCH_BOX(&mmgen_kernels::vq::code_entropy_backward_cpu));
-  m.impl("adaln", TORCH_BOX(&mmgen_kernels::modulation::adaln_cpu));
-  m.impl("adaln_backward", TORCH_BOX(&mmgen_kernels::modulation::adaln_backward_cpu));
-  m.impl("gate_residual", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_cpu));
-  m.impl("gate_residual_backward", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_backward_cpu));
-  m.impl("gate_residual_adaln", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_adaln_cpu));
-  m.impl("gate_residual_adaln_backward", TORCH_BOX(&mmgen_kernels::modulation::gate_residual_adaln_backward_cpu));
-  m.impl("attention", TORCH_BOX(&mmgen_kernels::attn::attention_cpu));
-  m.impl("attention_backward", TORCH_BOX(&mmgen_kernels::attn::attention_backward_cpu));
-  m.impl("joint_attention", TORCH_BOX(&mmgen_kernels::attn::joint_attention_cpu));
-  m.impl("joint_attention_backward", TORCH_BOX(&mmgen_kernels::attn::joint_attention_backward_cpu));
-  m.impl("qk_norm_rope", TORCH_BOX(&mmgen_kernels::attn::qk_norm_rope_cpu));
-  m.impl("qk_norm_rope_backward", TORCH_BOX(&mmgen_kernels::attn::qk_norm_rope_backward_cpu));
-  m.impl("mlp_activation", TORCH_BOX(&mmgen_kernels::blocks::mlp_activation_cpu));
-  m.impl("mlp_activation_backward", TORCH_BOX(&mmgen_kernels::blocks::mlp_activation_backward_cpu));
-  m.impl("scheduler_step", TORCH_BOX(&mmgen_kernels::schedule::scheduler_step_cpu));
-  m.impl("guidance", TORCH_BOX(&mmgen_kernels::schedule::guidance_cpu));
-  m.impl("add_noise", TORCH_BOX(&mmgen_kernels::schedule::add_noise_cpu));
-  m.impl("diffusion_loss", TORCH_BOX(&mmgen_kernels::schedule::diffusion_loss_cpu));
-  m.impl("diffusion_loss_backward", TORCH_BOX(&mmgen_kernels::schedule::diffusion_loss_backward_cpu));
-  m.impl("hybrid_loss", TORCH_BOX(&mmgen_kernels::schedule::hybrid_loss_cpu));
-  m.impl("hybrid_loss_backward", TORCH_BOX(&mmgen_kernels::schedule::hybrid_loss_backward_cpu));
-  m.impl("vq_diffusion_step", TORCH_BOX(&mmgen_kernels::schedule::vq_diffusion_step_cpu));
-  m.impl("unmask_step", TORCH_BOX(&mmgen_kernels::schedule::unmask_step_cpu));
-  m.impl("philox_integers", TORCH_BOX(&mmgen_kernels::philox::integers_cpu));
-  m.impl("philox_uniform", TORCH_BOX(&mmgen_kernels::philox::uniform_cpu));
-  m.impl("philox_normal", TORCH_BOX(&mmgen_kernels::philox::normal_cpu));
-  m.impl("fold_in", TORCH_BOX(&mmgen_kernels::philox::fold_in_cpu));
+  m.impl("nearest_code", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::nearest_code_cpu));
+  m.impl("vector_quantize", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::vector_quantize_cpu));
+  m.impl("vector_quantize_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::vector_quantize_backward_cpu));
+  m.impl("gather_codes", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::gather_codes_cpu));
+  m.impl("gather_codes_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::gather_codes_backward_cpu));
+  m.impl("code_statistics", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::code_statistics_cpu));
+  m.impl("code_statistics_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::code_statistics_backward_cpu));
+  m.impl("update_codebook_ema_", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::update_codebook_ema_cpu));
+  m.impl("replace_dead_codes_", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::replace_dead_codes_cpu));
+  m.impl("residual_quantize", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::residual_quantize_cpu));
+  m.impl("residual_quantize_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::residual_quantize_backward_cpu));
+  m.impl("code_entropy", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::code_entropy_cpu));
+  m.impl("code_entropy_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::code_entropy_backward_cpu));
+  m.impl("adaln", MMGEN_KERNELS_BOX(&mmgen_kernels::modulation::adaln_cpu));
+  m.impl("adaln_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::modulation::adaln_backward_cpu));
+  m.impl("gate_residual", MMGEN_KERNELS_BOX(&mmgen_kernels::modulation::gate_residual_cpu));
+  m.impl("gate_residual_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::modulation::gate_residual_backward_cpu));
+  m.impl("gate_residual_adaln", MMGEN_KERNELS_BOX(&mmgen_kernels::modulation::gate_residual_adaln_cpu));
+  m.impl("gate_residual_adaln_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::modulation::gate_residual_adaln_backward_cpu));
+  m.impl("attention", MMGEN_KERNELS_BOX(&mmgen_kernels::attn::attention_cpu));
+  m.impl("attention_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::attn::attention_backward_cpu));
+  m.impl("joint_attention", MMGEN_KERNELS_BOX(&mmgen_kernels::attn::joint_attention_cpu));
+  m.impl("joint_attention_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::attn::joint_attention_backward_cpu));
+  m.impl("qk_norm_rope", MMGEN_KERNELS_BOX(&mmgen_kernels::attn::qk_norm_rope_cpu));
+  m.impl("qk_norm_rope_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::attn::qk_norm_rope_backward_cpu));
+  m.impl("mlp_activation", MMGEN_KERNELS_BOX(&mmgen_kernels::blocks::mlp_activation_cpu));
+  m.impl("mlp_activation_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::blocks::mlp_activation_backward_cpu));
+  m.impl("scheduler_step", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::scheduler_step_cpu));
+  m.impl("guidance", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::guidance_cpu));
+  m.impl("add_noise", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::add_noise_cpu));
+  m.impl("diffusion_loss", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::diffusion_loss_cpu));
+  m.impl("diffusion_loss_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::diffusion_loss_backward_cpu));
+  m.impl("hybrid_loss", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::hybrid_loss_cpu));
+  m.impl("hybrid_loss_backward", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::hybrid_loss_backward_cpu));
+  m.impl("vq_diffusion_step", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::vq_diffusion_step_cpu));
+  m.impl("unmask_step", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::unmask_step_cpu));
+  m.impl("philox_integers", MMGEN_KERNELS_BOX(&mmgen_kernels::philox::integers_cpu));
+  m.impl("philox_uniform", MMGEN_KERNELS_BOX(&mmgen_kernels::philox::uniform_cpu));
+  m.impl("philox_normal", MMGEN_KERNELS_BOX(&mmgen_kernels::philox::normal_cpu));
+  m.impl("fold_in", MMGEN_KERNELS_BOX(&mmgen_kernels::philox::fold_in_cpu));
 }
