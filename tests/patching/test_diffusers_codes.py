@@ -255,10 +255,14 @@ def test_runs_that_do_not_count_down(schedulers):
     for patched in (False, True):
         if patched:
             mk.patch(scheduler, strict=True)
-        scheduler.timesteps = torch.tensor([90, 40, 3, 0])  # VQDiffusion steps by the timestep itself, from wherever it comes
+        whole = torch.tensor([90, 40, 3, 0])
+        scheduler.timesteps = whole[1::2]  # VQDiffusion steps by the timestep itself, from wherever it comes
         generator = torch.Generator().manual_seed(3)
-        results.append([scheduler.step(log_p, t, codes, generator=generator).prev_sample for t in scheduler.timesteps])
+        results.append([scheduler.step(log_p, t, codes, generator=generator).prev_sample for t in whole])
     assert all(map(torch.equal, *results)) and scheduler.step.fused == 4
+    with pytest.raises(Exception):  # noqa: B017 - diffusers says what is wrong with a timestep between two
+        scheduler.step(log_p, 2.5, codes)
+    assert scheduler.step.unplanned == "timestep must be a whole number, got 2.5"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmgen_kernels.schedule.planner import floats
+from mmgen_kernels.schedule.planner import floats, special
 from mmgen_kernels.schedule.planner.special import beta_cdf, beta_ppf, phi, solve
 
 SHARES = [0.0, 1e-12, 1e-3, 0.1, 0.25, 0.5, 0.6180339887, 0.9, 0.999, 1.0]
@@ -25,6 +25,15 @@ def test_beta_ppf_is_the_inverse(p, a, b):
     x = beta_ppf(p, a, b)
     assert beta_cdf(x, a, b) == pytest.approx(p, rel=1e-13, abs=1e-14)
     assert x == pytest.approx(1 - beta_ppf(1 - p, b, a), abs=1e-14) or p == 1e-12  # which 1 - p does not hold
+
+
+def test_beta_ppf_takes_few_steps(monkeypatch):
+    """A scheduler with beta sigmas asks for a thousand of them when it is made."""
+    asked = []
+    monkeypatch.setattr(special, "beta_cdf", lambda *at: asked.append(at) or beta_cdf(*at))
+    for i in range(1000):
+        beta_ppf(i / 999, 0.6, 0.6)
+    assert len(asked) < 4 * 1000
 
 
 def test_beta_ppf_outside():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from mmgen_kernels.schedule.planner.floats import div, expm1
@@ -60,8 +61,7 @@ def beta_ppf(p: float, a: float, b: float) -> float:
     """
     if not 0 <= p <= 1:
         return math.nan
-    middle = beta_cdf(0.5, a, b)
-    if p > middle:
+    if p > _middle(a, b):
         return 1 - _lower_ppf(1 - p, b, a)
     return _lower_ppf(p, a, b)
 
@@ -70,15 +70,29 @@ def beta_cdf(x: float, a: float, b: float) -> float:
     """The regularised incomplete beta function I_x(a, b), 0 <= x <= 1."""
     if x > 0.5:
         return 1 - beta_cdf(1 - x, b, a)
-    # x^a / B(a, b) sum_n (1 - b)(2 - b)...(n - b) / (n! (a + n)) x^n
-    factor, total, n = 1.0, 1.0 / a, 0
-    while abs(factor) > 1e-17 * abs(total) and n < 200:
-        n += 1
-        factor *= x * (n - b) / n
-        total += factor / (a + n)
+    total = 0.0
+    for c in _series(a, b):
+        total = total * x + c
     return x**a * total / _beta(a, b)
 
 
+@functools.cache
+def _series(a: float, b: float) -> tuple[float, ...]:
+    """Of I_x B(a, b) / x^a = sum_n (1 - b)(2 - b)...(n - b) / (n! (a + n)) x^n for x <= 1/2, the last coefficient first."""
+    factor, terms = 1.0, [1.0 / a]
+    while abs(factor) * 0.5 ** len(terms) > 1e-17 * terms[0] and len(terms) < 200:
+        n = len(terms)
+        factor *= (n - b) / n
+        terms.append(factor / (a + n))
+    return tuple(reversed(terms))
+
+
+@functools.cache
+def _middle(a: float, b: float) -> float:
+    return beta_cdf(0.5, a, b)
+
+
+@functools.cache
 def _beta(a: float, b: float) -> float:
     return math.gamma(a) * math.gamma(b) / math.gamma(a + b)
 
@@ -92,13 +106,11 @@ def _lower_ppf(p: float, a: float, b: float) -> float:
         x = u ** (1 / a)
         excess = beta_cdf(x, a, b) - p
         low, high = (low, u) if excess > 0 else (u, high)
-        step = excess * a * _beta(a, b) / (1 - x) ** (b - 1)
-        new = u - step
-        if not low <= new <= high:
-            new = (low + high) / 2
-        if abs(new - u) <= 1e-16 * u:
+        before, u = u, u - excess * a * _beta(a, b) / (1 - x) ** (b - 1)
+        if not low <= u <= high:
+            u = (low + high) / 2
+        if abs(u - before) <= 1e-9 * u:  # as the next step would be 1e-18 of it
             break
-        u = new
     return u ** (1 / a)
 
 

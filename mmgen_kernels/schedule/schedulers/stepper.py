@@ -142,14 +142,9 @@ class Stepper:
 
     def place(self, scheduler: Any, timestep: Any) -> int:
         """Where in `timesteps` the argument of `step` stands. A view of them tells it without waiting for a device."""
-        timesteps = scheduler.timesteps
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
-                raise Unplanned(f"timestep must be one, got shape {tuple(timestep.shape)}")
-            if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr() and timesteps.dim() == 1:
-                place, between = divmod(timestep.storage_offset() - timesteps.storage_offset(), max(timesteps.stride(0), 1))
-                if not between:  # else it is one that a run of every second timestep, say, leaves out
-                    return place
+        place = place_in(scheduler.timesteps, timestep)
+        if place is not None:
+            return place
         found = self.table(scheduler).place.get(int(timestep))
         return -1 if found is None else found
 
@@ -242,6 +237,19 @@ def with_two_as_one(inputs: list[Tensor], columns: Tensor) -> tuple[list[Tensor]
     row[0, 1, :2] = pair
     (one,) = scheduler_step(inputs[:2], row, 0, dtypes=[torch.promote_types(torch.float32, inputs[0].dtype)])
     return [one, *inputs[2:]], torch.cat((share, columns[:, 2:]), 1)
+
+
+def place_in(timesteps: Tensor, timestep: Any) -> int | None:
+    """Where a view of the timesteps stands in them; None if it is none, or one that a run of every second timestep leaves out."""
+    if not isinstance(timestep, Tensor):
+        return None
+    if timestep.numel() != 1:
+        raise Unplanned(f"timestep must be one, got shape {tuple(timestep.shape)}")
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr() or timesteps.dim() != 1:
+        return None
+    away, stride = int(timestep.storage_offset() - timesteps.storage_offset()), max(timesteps.stride(0), 1)
+    place = away // stride
+    return None if away % stride or not 0 <= place < len(timesteps) else place
 
 
 def version_of(level: Any) -> int | None:

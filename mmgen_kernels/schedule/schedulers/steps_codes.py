@@ -12,7 +12,7 @@ from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.schedule.ops.discrete import unmask_step, vq_diffusion_step
 from mmgen_kernels.schedule.planner.discrete import MASKING_SCHEDULES, masking_table, transition_table
 from mmgen_kernels.schedule.schedulers.noise import key_from, place_of
-from mmgen_kernels.schedule.schedulers.stepper import Unplanned, version_of
+from mmgen_kernels.schedule.schedulers.stepper import Unplanned, place_in, version_of
 
 Generator = torch.Generator | None
 
@@ -60,11 +60,11 @@ class CodeStepper:
     def number(self, scheduler: Any, timestep: int | Tensor) -> int:
         """The timestep on the host. A view of `timesteps` tells it by its place in memory, without waiting for a device."""
         numbers, held = self.timesteps(scheduler), scheduler.timesteps
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
-                raise Unplanned(f"timestep must be one, got shape {tuple(timestep.shape)}")
-            if timestep.untyped_storage().data_ptr() == held.untyped_storage().data_ptr() and held.dim() == 1:
-                return numbers[(timestep.storage_offset() - held.storage_offset()) // max(held.stride(0), 1)]
+        place = place_in(held, timestep)
+        if place is not None:
+            return numbers[place]
+        if int(timestep) != timestep:
+            raise Unplanned(f"timestep must be a whole number, got {timestep}")
         return int(timestep)
 
     def transitions(self, scheduler: Any) -> Tensor:
