@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.task(options)
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted: {options.out} keeps all steps so far, and the same command goes on from there")
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

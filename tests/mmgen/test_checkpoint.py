@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -54,6 +55,46 @@ def test_only_the_last_ones_are_kept(tmp_path):
 def test_nothing_there_is_no_checkpoint(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize("share", (0.0, 0.5, None), ids=("empty", "cut short", "missing"))
+@pytest.mark.parametrize("name", ("model.safetensors", "config.json", "training_state.pt"))
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, share):
+    path = save(tmp_path, 5)
+    file, read = path / name, {"model": checkpoint.read_weights, "config": checkpoint.read_config}.get(name.split(".")[0])
+    content = file.read_bytes()
+    file.unlink() if share is None else file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: .+; without step-00000005 the checkpoint before it is taken"):
+        (read or checkpoint.read_state)(path)
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
+    path = save(tmp_path, 5)
+    (tmp_path / "step-notes").write_text("mine")
+    (tmp_path / "step-00000009").write_text("a file")
+    (tmp_path / "step-old").mkdir()
+    assert checkpoint.latest(tmp_path) == path
+    (path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json cannot be read: it holds list, not settings by name"):
+        checkpoint.read_config(path)
+
+
+def write_on_a_full_disk(folder: Path, name: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # of a file: what a full disk is to a writer
+    tensors = {of: torch.zeros(300 if of == name else 1, 300) for of in ("weights", "state")}
+    with pytest.raises(OSError, match=r"step-00000009 cannot be written: .+; the checkpoints before it are whole"):
+        checkpoint.save(folder, 9, {"a": tensors["weights"]}, {"step": 9}, {"m": tensors["state"]}, keep=2)
+
+
+@pytest.mark.parametrize("name", ("weights", "state"))
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, name):
+    save(tmp_path, 5)
+    process = multiprocessing.get_context("spawn").Process(target=write_on_a_full_disk, args=(tmp_path, name))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert require_whole(checkpoint.latest(tmp_path)) == 5
+    assert require_whole(save(tmp_path, 9)) == 9
 
 
 class Cut(Exception):

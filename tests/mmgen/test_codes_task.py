@@ -191,3 +191,10 @@ def test_what_cannot_be_is_said_in_one_line(finished, tmp_path, arguments, messa
         main([*arguments.format(finished=finished, none=tmp_path / "none").split(), "--out", str(tmp_path / "out")])
     assert str(stopped.value).startswith(message)
     assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("out", ("file", "file/run"))
+def test_a_folder_that_cannot_be_is_said_in_one_line(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"^error: .*file"):
+        main(f"train-dit --hidden-size 32 --depth 1 --num-heads 2 --steps 1 --threads 1 --out {tmp_path / out}".split())
