@@ -1,9 +1,8 @@
 """What only a GPU can tell: miscompiled code, what a graph captures, who waits for the device."""
 
-import contextlib
-
 import pytest
 import torch
+from on_device import waits_are_errors
 
 import mmgen_kernels as mk
 from mmgen_kernels import backends
@@ -15,15 +14,6 @@ pytestmark = pytest.mark.gpu
 KERNELS = [name for name in ("cuda", "triton") if not backends.reasons_against(OPERATORS["scheduler_step"], name, "cuda")]
 STEPS = 20
 KEY = torch.tensor([11, 2**35])
-
-
-@contextlib.contextmanager
-def waits_are_errors():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def table():
