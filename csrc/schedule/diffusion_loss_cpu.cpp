@@ -1,4 +1,5 @@
 // diffusion_loss and its backward on the CPU.
+#include <cmath>
 #include <string>
 
 #include "schedule/loss_tables.h"
@@ -30,8 +31,10 @@ struct Mask {
       if (mask.size(d) != 1 && mask.size(d) != like.size(d)) refuse("mask must broadcast to output");
     batch = mask.size(0) == 1 ? 0 : mask.stride(0);
     for (int64_t d = 1; d < like.dim(); ++d) {
-      sizes.push_back(like.size(d));
-      strides.push_back(mask.size(d) == 1 ? 0 : mask.stride(d));
+      const int64_t size = like.size(d), stride = mask.size(d) == 1 ? 0 : mask.stride(d);
+      if (size == 1) continue;
+      if (!sizes.empty() && strides.back() == size * stride) sizes.back() *= size, strides.back() = stride;  // one with the last
+      else sizes.push_back(size), strides.push_back(stride);
     }
   }
   // Elements [at, at + count) of a sample.
@@ -46,6 +49,7 @@ struct Mask {
       }
       const int64_t first = at % row, n = std::min(count, row - first);
       if (step == 0) std::fill_n(out, n, *from);
+      else if (step == 1) std::copy_n(from + first, n, out);
       else
         for (int64_t i = 0; i < n; ++i) out[i] = from[(first + i) * step];
       at += n, out += n, count -= n;
@@ -57,7 +61,9 @@ struct Mask {
     for (int64_t at = 0; at < size; at += chunk) {
       const int64_t count = std::min(chunk, size - at);
       read(sample, at, count, bytes);
-      for (int64_t i = 0; i < count; ++i) found += bytes[i];
+      uint16_t valid = 0;  // of at most `chunk`: eight at a time
+      for (int64_t i = 0; i < count; ++i) valid = static_cast<uint16_t>(valid + bytes[i]);
+      found += valid;
     }
     return found;
   }
@@ -85,7 +91,14 @@ struct Problem {
   Difference<Real> difference(int64_t sample, double slope = 0) const {
     constexpr double least = 0x1p-126;
     const double given = deltas ? (*deltas)[sample] : delta;
-    return {static_cast<Real>(given < least ? least : given), static_cast<Real>(slope)};
+    Difference<Real> d{static_cast<Real>(given < least ? least : given), static_cast<Real>(slope)};
+    if (loss == Loss::pseudo_huber) {
+      constexpr bool wide = sizeof(Real) == sizeof(double);
+      const int exponent = std::isfinite(d.delta) ? std::min(std::ilogb(d.delta), wide ? 1000 : 126) : 0;  // 2^-exponent is normal
+      d.scale = std::ldexp(Real(1), -exponent), d.unscale = std::ldexp(Real(1), exponent);
+      d.square = d.delta * d.scale * (d.delta * d.scale), d.far = d.delta * Real(wide ? 1 << 27 : 1 << 13);
+    }
+    return d;
   }
   // f(rows of output and of target, mask, piece, ...) for every piece
   template <class F>
@@ -115,20 +128,20 @@ std::tuple<Tensor, Tensor> run(const Problem<Real>& p, const Optional& weight, b
     sums[static_cast<size_t>(sample * pieces + piece)] = loop(p.difference(sample), output, target, valid, count);
   });
   const ScalarType dtype = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
-  Tensor means = empty(p.output.tensor, {B}, ScalarType::Double);  // whole: the gradient of the weight is rounded once
-  Tensor losses = empty(p.output.tensor, mean ? std::vector<int64_t>{} : std::vector<int64_t>{B}, dtype);
+  const NumbersOf means(p.output.tensor, {&B, 1}, ScalarType::Double);  // whole: the gradient of the weight is rounded once
+  const NumbersOf losses(p.output.tensor, {&B, size_t(!mean)}, dtype);
   double of_batch = 0;
   for (int64_t b = 0; b < B; ++b) {
     double of_sample = 0;
     for (int64_t i = b * pieces; i < (b + 1) * pieces; ++i) of_sample += sums[static_cast<size_t>(i)];
     of_sample /= static_cast<double>(p.counted(b));
-    put_number(means, b, of_sample);
+    means.put(b, of_sample);
     const double loss = weights ? (*weights)[b] * of_sample : of_sample;
     of_batch += loss;
-    if (!mean) put_number(losses, b, loss);
+    if (!mean) losses.put(b, loss);
   }
-  if (mean) put_number(losses, 0, of_batch / static_cast<double>(B));  // of no samples NaN
-  return {losses, means};
+  if (mean) losses.put(0, of_batch / static_cast<double>(B));  // of no samples NaN
+  return {losses.tensor, means.tensor};
 }
 
 template <class Real>
@@ -143,11 +156,12 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Problem<Real>& p, const Op
   if (weight) weights.emplace(*weight, B, "weight");
   const PerSample found(means, B, "means");
 
-  Tensor grad_weight = need_weight && weight ? empty(*weight, {B}, weight->scalar_type()) : empty(like, {0}, like.scalar_type());
+  std::optional<NumbersOf> by_weight;
+  if (need_weight && weight) by_weight.emplace(*weight, torch::headeronly::IntHeaderOnlyArrayRef{&B, 1}, weight->scalar_type());
   std::vector<double> slopes(static_cast<size_t>(B));
   for (int64_t b = 0; b < B; ++b) {
     double upstream = of_loss ? (mean ? (*of_loss)[0] / static_cast<double>(B) : (*of_loss)[b]) : 0;
-    if (need_weight && weight) put_number(grad_weight, b, upstream * found[b]);
+    if (by_weight) by_weight->put(b, upstream * found[b]);
     if (weights) upstream *= (*weights)[b];
     if (of_means) upstream += (*of_means)[b];
     slopes[static_cast<size_t>(b)] = upstream / static_cast<double>(p.counted(b));
@@ -172,10 +186,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Problem<Real>& p, const Op
         if (*r && (*r)->dtype != p.dtype)
           p.kernels.narrow[(*r)->dtype](static_cast<const Real*>(made), count, (*r)->data + element * (*r)->bytes);
     });
-  const auto or_nothing = [&](const std::optional<Result>& r, const Tensor& of) {
-    return r ? r->tensor : empty(of, {0}, of.scalar_type());
-  };
-  return {or_nothing(by_output, like), or_nothing(by_target, p.target.tensor), grad_weight};
+  const auto or_nothing = [](const auto& r, const Tensor& of) { return r ? r->tensor : nothing(of, of.scalar_type()); };
+  return {or_nothing(by_output, like), or_nothing(by_target, p.target.tensor), or_nothing(by_weight, like)};
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ struct Problem {
 
   Problem(const Tensor& output, const Tensor& x0, const Tensor& noise, const Tensor& t, const Tensor& table,
           std::optional<double> clamp)
-      : output(output), x0(x0), noise(noise), t(torch::stable::contiguous(t)), table(torch::stable::contiguous(table)),
+      : output(output), x0(x0), noise(noise), t(made_contiguous(t)), table(made_contiguous(table)),
         clamp(clamp.value_or(0)), dtype(dtype_of<Real>({&this->output, &this->x0, &this->noise})) {
     const int64_t B = this->x0.count, size = this->x0.size;
     if (x0.dim() < 2 || output.dim() != x0.dim() || this->output.count != B || this->noise.count != B || this->noise.size != size)
@@ -40,8 +40,9 @@ struct Problem {
       refuse("table must be fp64 (T, 7)");
     const auto* steps = static_cast<const int64_t*>(this->t.const_data_ptr());
     const auto* rows = static_cast<const double*>(this->table.const_data_ptr());
+    const int64_t last = table.size(0) - 1;
     for (int64_t b = 0; b < B; ++b) {
-      const int64_t step = std::clamp<int64_t>(steps[b], 0, table.size(0) - 1);
+      const int64_t step = std::clamp<int64_t>(steps[b], 0, last);
       decodes.push_back(step == 0);
       terms.push_back(term(rows + step * columns));
     }
@@ -90,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> run(const Problem<Real>& p, double vb_weight,
     sums[static_cast<size_t>(sample * pieces + piece)] = p.loops.terms[first][p.dtype](term, rows, count);
   });
   const ScalarType dtype = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
-  Tensor losses = empty(p.output.tensor, {B}, dtype), mses = empty(p.output.tensor, {B}, dtype),
-         vbs = empty(p.output.tensor, {B}, dtype);
+  const auto numbers = [&] { return NumbersOf(p.output.tensor, {&B, 1}, dtype); };
+  const NumbersOf losses = numbers(), mses = numbers(), vbs = numbers();
   const double elements = static_cast<double>(std::max<int64_t>(size, 1));
   for (int64_t b = 0; b < B; ++b) {
     LossSums total;
@@ -100,9 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> run(const Problem<Real>& p, double vb_weight,
       total.terms += sums[static_cast<size_t>(i)].terms;
     }
     const double mse = total.squares / elements, vb = total.terms * (vb_weight / (std::numbers::ln2 * elements));
-    put_number(mses, b, mse), put_number(vbs, b, vb), put_number(losses, b, kl ? vb : mse + vb);
+    mses.put(b, mse), vbs.put(b, vb), losses.put(b, kl ? vb : mse + vb);
   }
-  return {losses, mses, vbs};
+  return {losses.tensor, mses.tensor, vbs.tensor};
 }
 
 template <class Real>

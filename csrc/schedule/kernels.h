@@ -9,11 +9,12 @@
 #include <utility>
 
 #include "schedule/tables.h"
-#include "simd/storage.h"
+#include "simd/rows.h"
 
 namespace mmgen_kernels::schedule {
 namespace {  // internal linkage: compiled once per instruction set
 
+using simd::each_vector;
 using simd::load;
 using simd::store;
 
@@ -126,14 +127,6 @@ void combine(const Combination<typename Lanes::Real>& given, const void* const* 
     if (c.streams) return combine_as<Lanes, T, INPUTS, true, Streamed<Lanes>>(c, in, noise, out, count);
 #endif
   combine_as<Lanes, T, INPUTS, true>(c, in, noise, out, count);
-}
-
-// f(place, i) for each vector of a row.
-template <class Lanes, class F>
-void each_vector(int64_t count, const F& f) {
-  int64_t i = 0;
-  for (; i + Lanes::width <= count; i += Lanes::width) f(simd::Whole<Lanes>{}, i);
-  if (i < count) f(simd::Part<Lanes>{count - i}, i);
 }
 
 template <class Lanes, class T>

@@ -14,6 +14,9 @@ template <class Real>
 struct Difference {
   Real delta = 1;
   Real slope = 0;  // the gradient of the loss by rho
+  // For sqrt(d^2 + delta^2), whose squares must neither overflow nor vanish: they are taken on a scale on which delta is near 1,
+  // and beyond `far`, so many deltas that the root rounds to |d|, it is that. By the ratio of the two it takes a division more.
+  Real scale = 1, unscale = 1, square = 1, far = 0;
 };
 
 // Of one sample of hybrid_loss. With d = target - prediction the means are factor d apart.

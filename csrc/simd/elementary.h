@@ -21,33 +21,41 @@ typename Lanes::Vec square_root(typename Lanes::Vec v) {
 }
 
 // e^x within 1 ulp, and e^x - 1 within 2 ulp, small x included. From 88.37 on both are infinite; below -87.33 e^x stays 2^-126.
-template <class Lanes>
+// Of N vectors at a time, step by step, as exponentials() has it, and for the same reason.
+template <class Lanes, int N = 1>
 struct Exponential {
   using Vec = typename Lanes::Vec;
-  Vec value, less_one;
+  Vec value[N], less_one[N];
 
-  explicit Exponential(Vec x) {
+  __attribute__((always_inline)) explicit Exponential(const Vec (&x)[N]) {
+#define EACH _Pragma("GCC unroll 8") for (int v = 0; v < N; ++v)
     if constexpr (sizeof(typename Lanes::Real) == sizeof(double)) {
-      value = each_lane<Lanes>(x, [](double v) { return std::exp(v); });
-      less_one = each_lane<Lanes>(x, [](double v) { return std::expm1(v); });
-    } else {  // as exponentials() has it: e^x = 2^n (1 + rest)
+      EACH value[v] = each_lane<Lanes>(x[v], [](double y) { return std::exp(y); });
+      EACH less_one[v] = each_lane<Lanes>(x[v], [](double y) { return std::expm1(y); });
+    } else {  // e^x = 2^n (1 + rest)
       constexpr float to_integer = 0x1.8p23f, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f, lowest = -87.33654f;
-      const auto all = [](float v) { return Lanes::broadcast(v); };
-      const Vec bounded = x > 88.37f ? all(89) : x;  // whose 2^n is infinite, and whose rest is above 0
-      const Vec limited = lowest > bounded ? all(lowest) : bounded;
-      const Vec shifted = Lanes::fmadd(limited, all(0x1.715476p0f), all(to_integer));
-      const Vec n = shifted - to_integer, r = Lanes::fmadd(n, all(-ln2_low), Lanes::fmadd(n, all(-ln2_high), limited));
-      Vec rest = all(rest_of_exponential[0]), power;
+      const auto all = [](float y) { return Lanes::broadcast(y); };
+      Vec limited[N], shifted[N], r[N], rest[N], power[N];
+      EACH limited[v] = x[v] > 88.37f ? all(89) : x[v];  // whose 2^n is infinite, and whose rest is above 0
+      EACH limited[v] = lowest > limited[v] ? all(lowest) : limited[v];
+      EACH shifted[v] = Lanes::fmadd(limited[v], all(0x1.715476p0f), all(to_integer));
+      EACH rest[v] = shifted[v] - to_integer;  // n
+      EACH r[v] = Lanes::fmadd(rest[v], all(-ln2_high), limited[v]);
+      EACH r[v] = Lanes::fmadd(rest[v], all(-ln2_low), r[v]);
+      EACH rest[v] = all(rest_of_exponential[0]);
 #pragma GCC unroll 4
-      for (int i = 1; i < 5; ++i) rest = Lanes::fmadd(r, rest, all(rest_of_exponential[i]));
-      rest = Lanes::fmadd(r * r, rest, r);
-      typename Lanes::Bits exponent;
-      std::memcpy(&exponent, &shifted, sizeof exponent);
-      exponent = (exponent + 127) << 23;
-      std::memcpy(&power, &exponent, sizeof power);
-      value = (rest + 1.0f) * power;
-      less_one = Lanes::fmadd(power, rest, power - 1.0f);
+      for (int i = 1; i < 5; ++i) EACH rest[v] = Lanes::fmadd(r[v], rest[v], all(rest_of_exponential[i]));
+      EACH rest[v] = Lanes::fmadd(r[v] * r[v], rest[v], r[v]);
+      EACH {
+        typename Lanes::Bits exponent;
+        std::memcpy(&exponent, &shifted[v], sizeof exponent);
+        exponent = (exponent + 127) << 23;
+        std::memcpy(&power[v], &exponent, sizeof exponent);
+      }
+      EACH value[v] = (rest[v] + 1.0f) * power[v];
+      EACH less_one[v] = Lanes::fmadd(power[v], rest[v], power[v] - 1.0f);
     }
+#undef EACH
   }
 };
 

@@ -73,3 +73,23 @@ def test_what_overflows_is_infinite(instruction_set):
     d, v = torch.full((3,), 0.5), torch.tensor([-88.0, -88.5, -1000.0])
     found = elements(1, d, v, torch.zeros(3), torch.float32)[0]
     assert found.isinf().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("delta", [2.0**-126, 1e-30, 3e-4, 1.0, 1e20, 1e38])
+def test_pseudo_huber_at_every_scale(instruction_set, delta):
+    """Of differences from far below delta to far above it, whose squares would vanish or overflow; each is a sample."""
+    around = delta * 10.0 ** torch.linspace(-12, 12, 5000, dtype=torch.float64)
+    d = torch.cat((around, 10.0 ** torch.linspace(-37, 38, 1000, dtype=torch.float64), torch.tensor([0.0])))
+    d = torch.cat((d, -d))
+    d = d[d.abs() < 1e38].float()
+    output = d[:, None].requires_grad_()
+
+    def losses(output):
+        found = mk.diffusion_loss(output, torch.zeros_like(output), kind="pseudo_huber", delta=delta, reduction="none")
+        return found.detach().double(), torch.autograd.grad(found.sum(), output)[0][:, 0].double()
+
+    (got, slope), (true, true_slope) = losses(output), losses(output.detach().double().requires_grad_())
+    least = 2.0**-126  # below, a unit in the last place is no share of the number
+    assert ((got - true).abs() <= 4 * 2.0**-23 * true.clamp(min=least)).all()
+    assert ((slope - true_slope).abs() <= 4 * 2.0**-23 * true_slope.abs().clamp(min=least)).all()
+    assert torch.equal(slope.sign(), d.sign().double().where(true_slope.abs() > 2.0**-149, slope.sign()))

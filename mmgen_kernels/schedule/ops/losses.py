@@ -150,12 +150,8 @@ def hybrid_loss(
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
-def accumulated(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def diffusion_loss_fake(output, target, weight, mask, deltas, kind, delta, mean):
-    dtype, B = accumulated(output, target), output.shape[0]
+    dtype, B = reference.computed_in(output, target), output.shape[0]
     return output.new_empty(() if mean else (B,), dtype=dtype), output.new_empty((B,), dtype=torch.float64)
 
 
@@ -185,7 +181,7 @@ HYBRID_LOSS = library.define(
     " -> (Tensor loss, Tensor mse, Tensor vb)",
     reference=reference.hybrid_loss,
     fake=lambda output, x0, noise, *rest: tuple(
-        output.new_empty(output.shape[:1], dtype=accumulated(output, x0, noise)) for _ in range(3)
+        output.new_empty(output.shape[:1], dtype=reference.computed_in(output, x0, noise)) for _ in range(3)
     ),
     backward="hybrid_loss_backward(Tensor? grad_loss, Tensor? grad_mse, Tensor? grad_vb, Tensor output, Tensor x0, Tensor noise,"
     " Tensor t, Tensor table, float vb_weight, bool kl, float? clamp) -> Tensor grad_output",

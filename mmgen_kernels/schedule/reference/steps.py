@@ -125,9 +125,13 @@ def scheduler_step_backward(
 
 
 def in_one_dtype(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """In what is computed in: fp64 where one of them is, else fp32."""
-    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    wide = computed_in(*tensors)
     return [None if t is None else t.to(wide) for t in tensors]
+
+
+def computed_in(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 where one of them is, else fp32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def row_of(coefficients: Tensor, index: Tensor | None, step: int, like: Tensor) -> list[list[Number]]:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmgen_kernels.schedule.reference import computed_in
 from mmgen_kernels.schedule.triton_kernels.pieces import (
     BLOCK,
     OPTIONS,
@@ -20,7 +21,7 @@ from mmgen_kernels.schedule.triton_kernels.pieces import (
     real,
     store,
 )
-from mmgen_kernels.schedule.triton_kernels.sums import BLOCK_PIECES, accumulated, add_up, contiguous, leave, pieces_of, upstream_of
+from mmgen_kernels.schedule.triton_kernels.sums import BLOCK_PIECES, add_up, contiguous, leave, pieces_of, upstream_of
 from mmgen_kernels.triton_rounding import divide, narrow
 
 LEAST_DELTA = tl.constexpr(2.0**-126)
@@ -157,7 +158,7 @@ def diffusion_loss(
     delta: float,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    B, dtype = output.shape[0], accumulated(output, target)
+    B, dtype = output.shape[0], computed_in(output, target)
     losses, means = (output.new_empty(B, dtype=torch.float64) for _ in range(2))
     samples, counts = prepared(output, target, mask)
     size = output.numel() // max(B, 1)
@@ -210,6 +211,6 @@ def diffusion_loss_backward(
     with on(output):
         slope_of_loss[(B * pieces,)](
             *samples.arguments(), counts, *of_samples, numbers_of((delta,), 3), *grads, size, pieces, B, KIND=kind, MEAN=mean,
-            ALIGNED=samples.aligned, WIDE=accumulated(output, target) == torch.float64, BLOCK=BLOCK, **OPTIONS,
+            ALIGNED=samples.aligned, WIDE=computed_in(output, target) == torch.float64, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
     return of_output, of_target, of_weight

@@ -25,7 +25,6 @@ from mmgen_kernels.schedule.triton_kernels.pieces import (
 )
 from mmgen_kernels.schedule.triton_kernels.sums import (
     BLOCK_PIECES,
-    accumulated,
     add_up,
     contiguous,
     exponential_less_one,
@@ -212,7 +211,7 @@ def prepared(output: Tensor, x0: Tensor, noise: Tensor, clamp: float | None) -> 
         "LEARNED": output.shape[1] == 2 * x0.shape[1],
         "CLAMPS": clamp is not None,
         "ALIGNED": samples.aligned,
-        "WIDE": accumulated(output, x0, noise) == torch.float64,
+        "WIDE": reference.computed_in(output, x0, noise) == torch.float64,
         "BLOCK": block,
     }
     return samples.arguments(), flags
@@ -221,7 +220,7 @@ def prepared(output: Tensor, x0: Tensor, noise: Tensor, clamp: float | None) -> 
 def hybrid_loss(
     output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, table: Tensor, vb_weight: float, kl: bool, clamp: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, dtype = output.shape[0], accumulated(output, x0, noise)
+    B, dtype = output.shape[0], reference.computed_in(output, x0, noise)
     losses, mses, vbs = (output.new_empty(B, dtype=dtype) for _ in range(3))
     if B == 0:
         return losses, mses, vbs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,10 +47,6 @@ def exponential_less_one(x, WIDE: tl.constexpr):
 
 def pieces_of(size: int, block: int) -> int:
     return max(triton.cdiv(size, block), 1)
-
-
-def accumulated(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
