@@ -56,6 +56,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Data:
+    """What a tokenizer is trained on, chosen by and scored by; no pixel is in two parts."""
+
     train: Images
     held_out: Images
     gallery: list[Tensor]  # whole pictures to look at, (3, H, W) in [-1, 1]
@@ -161,6 +163,8 @@ class Labelled(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class LabelledData:
+    """What a class-conditional model is trained on and scored by."""
+
     train: Labelled
     held_out: Labelled
     num_classes: int

@@ -37,6 +37,8 @@ class AutoencoderConfig:
 
 
 class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C, H, W); close to the identity at first."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(NORM_GROUPS, channels)
@@ -79,6 +81,8 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) -> (B, channels[-1], h, w), h = H / downsampling: patches, then residual blocks at each resolution."""
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = config.channels
@@ -99,6 +103,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """(B, channels[-1], h, w) -> images (B, in_channels, H, W): the encoder's resolutions backwards, patches at the end."""
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = config.channels[::-1]

@@ -10,6 +10,8 @@ import mmgen_kernels as mk
 
 
 class Quantized(NamedTuple):
+    """What a quantizer returns."""
+
     quantized: Tensor  # (B, D, H, W), gradient straight through to the latents
     loss: Tensor  # (), codebook_loss + beta * commitment_loss
     indices: Tensor  # (B, H, W), int64

@@ -46,6 +46,8 @@ class DiagonalGaussian:
 
 
 class KLReconstruction(NamedTuple):
+    """What an `AutoencoderKL` returns."""
+
     image: Tensor  # (B, C, H, W)
     posterior: DiagonalGaussian
     latents: Tensor  # (B, D, h, w), what was decoded

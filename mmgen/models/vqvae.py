@@ -15,11 +15,11 @@ from mmgen.models.quantizers import QUANTIZERS, Quantized
 
 @dataclass(frozen=True)
 class VQVAEConfig(AutoencoderConfig):
-    codebook_size: int = 16384
-    codebook_dim: int = 8
-    l2_normalize: bool = True
-    beta: float = 0.25
-    quantizer: str = "fused"
+    codebook_size: int = 16384  # K
+    codebook_dim: int = 8  # D
+    l2_normalize: bool = True  # latents and codes on the unit sphere
+    beta: float = 0.25  # of the commitment loss beside the codebook loss
+    quantizer: str = "fused"  # or "stock", the same in plain PyTorch
 
     def __post_init__(self):
         super().__post_init__()
@@ -31,6 +31,8 @@ class VQVAEConfig(AutoencoderConfig):
 
 
 class Reconstruction(NamedTuple):
+    """What a `VQVAE` returns."""
+
     image: Tensor  # (B, C, H, W)
     vq_loss: Tensor  # ()
     indices: Tensor  # (B, h, w), int64; h = H / downsampling
@@ -38,6 +40,8 @@ class Reconstruction(NamedTuple):
 
 
 class VQVAE(Autoencoder):
+    """Images (B, C, H, W) in [-1, 1] to codes of a codebook (K, D) and back; the loss is that of van den Oord et al. 2017."""
+
     config: VQVAEConfig
 
     def __init__(self, config: VQVAEConfig):
