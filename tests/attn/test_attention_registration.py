@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,16 +67,7 @@ def samples(name):
         yield tuple((plain | results | upstream | needs).get(n) for n in OPERATORS[name].inputs)
 
 
-def overloads():
-    for name in (FORWARD.name, f"{FORWARD.name}_backward"):
-        operator = OPERATORS[name]
-        for implementation, overload in operator.overloads.items():
-            if implementation in operator.launchers and backends.reasons_against(operator, implementation, "cpu"):
-                continue  # tests of the launchers have the interpreter check it
-            yield name, overload
-
-
-@pytest.mark.parametrize(("name", "overload"), list({str(o): (n, o) for n, o in overloads()}.values()), ids=str)
+@each_overload(with_backward(FORWARD.name))
 def test_opcheck(name, overload):
     for arguments in samples(name):
         torch.library.opcheck(overload, arguments)

@@ -5,12 +5,13 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
-from mmgen_kernels import backends, battery
+from mmgen_kernels import battery
 from mmgen_kernels.battery.attn.data import BF16, FP16, FP32, FP64, LAYOUTS
 from mmgen_kernels.battery.attn.joint_attention import FLOATS, Inputs, call
 from mmgen_kernels.battery.draws import randn
@@ -204,16 +205,7 @@ def samples(name):
         yield tuple((plain | results | upstream | needs).get(n) for n in OPERATORS[name].inputs)
 
 
-def overloads():
-    for name in (FORWARD.name, f"{FORWARD.name}_backward"):
-        operator = OPERATORS[name]
-        for implementation, overload in operator.overloads.items():
-            if implementation in operator.launchers and backends.reasons_against(operator, implementation, "cpu"):
-                continue  # tests of the launchers have the interpreter check it
-            yield name, overload
-
-
-@pytest.mark.parametrize(("name", "overload"), list({str(o): (n, o) for n, o in overloads()}.values()), ids=str)
+@each_overload(with_backward(FORWARD.name))
 def test_opcheck(name, overload):
     for arguments in samples(name):
         torch.library.opcheck(overload, arguments)

@@ -4,11 +4,12 @@ import io
 
 import pytest
 import torch
+from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
 import mmgen_kernels as mk
-from mmgen_kernels import backends, battery
+from mmgen_kernels import battery
 from mmgen_kernels.battery.attn.qk_norm_rope import AFFINE, TABLES, Inputs, call
 from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.laws import same_bits
@@ -56,15 +57,7 @@ def samples(name):
         yield tuple(plain.get(n) for n in OPERATORS[name].inputs)
 
 
-def overloads():
-    for name in (OPERATOR.name, f"{OPERATOR.name}_backward"):
-        for implementation, overload in OPERATORS[name].overloads.items():
-            if implementation in OPERATORS[name].launchers and backends.reasons_against(OPERATORS[name], implementation, "cpu"):
-                continue  # tests of the launchers have the interpreter check it
-            yield name, overload
-
-
-@pytest.mark.parametrize(("name", "overload"), list({str(o): (n, o) for n, o in overloads()}.values()), ids=str)
+@each_overload(with_backward(OPERATOR.name))
 def test_opcheck(name, overload):
     for arguments in samples(name):
         torch.library.opcheck(overload, arguments)

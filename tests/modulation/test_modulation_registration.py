@@ -4,12 +4,13 @@ import io
 
 import pytest
 import torch
+from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmgen_kernels as mk
-from mmgen_kernels import backends, battery
+from mmgen_kernels import battery
 from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.modulation.data import inputs
@@ -74,17 +75,7 @@ def samples(name):
 VECTORS = ("gate", "shift", "scale", "shift_2", "scale_2")
 
 
-def overloads():
-    for name in FORWARDS:
-        for each in (name, f"{name}_backward"):
-            operator = OPERATORS[each]
-            for implementation, overload in operator.overloads.items():
-                if implementation in operator.launchers and backends.reasons_against(operator, implementation, "cpu"):
-                    continue  # tests of the launchers have the interpreter check it
-                yield each, overload
-
-
-@pytest.mark.parametrize(("name", "overload"), list({str(o): (n, o) for n, o in overloads()}.values()), ids=str)
+@each_overload(with_backward(*FORWARDS))
 def test_opcheck(name, overload):
     for arguments in samples(name):
         torch.library.opcheck(overload, arguments)

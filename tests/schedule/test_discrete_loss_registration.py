@@ -4,13 +4,14 @@ import io
 
 import pytest
 import torch
+from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
-from mmgen_kernels import backends, battery
+from mmgen_kernels import battery
 from mmgen_kernels.battery.draws import randint, randn
 from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.schedule.discrete import KEPT
@@ -68,15 +69,7 @@ def samples(name):
         yield tuple(known.get(n) for n in OPERATORS[name].inputs)
 
 
-def overloads():
-    for each in (NAME, f"{NAME}_backward"):
-        operator = OPERATORS[each]
-        for implementation, overload in operator.overloads.items():
-            if implementation not in operator.launchers or not backends.reasons_against(operator, implementation, "cpu"):
-                yield each, overload
-
-
-@pytest.mark.parametrize(("name", "overload"), list({str(o): (n, o) for n, o in overloads()}.values()), ids=str)
+@each_overload(with_backward(NAME))
 def test_opcheck(name, overload):
     for arguments in samples(name):
         torch.library.opcheck(overload, arguments)

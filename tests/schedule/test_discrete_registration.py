@@ -4,15 +4,15 @@ import io
 
 import pytest
 import torch
+from overloads import each_overload
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import vmap
 
 import mmgen_kernels as mk
-from mmgen_kernels import backends, battery
+from mmgen_kernels import battery
 from mmgen_kernels.battery.draws import randint, randn
 from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.schedule.discrete import KEPT
-from mmgen_kernels.library import OPERATORS
 
 NAMES = ("vq_diffusion_step", "unmask_step")
 KEY = torch.tensor([11, 2**35])
@@ -31,15 +31,7 @@ def inputs(*shape, num_codes=K):
     return randn(*shape, num_codes, seed=1).float(), randint(num_codes - 3, num_codes + 1, shape, 2)
 
 
-def overloads():
-    for name in NAMES:
-        operator = OPERATORS[name]
-        for implementation, overload in operator.overloads.items():
-            if implementation not in operator.launchers or not backends.reasons_against(operator, implementation, "cpu"):
-                yield name, overload
-
-
-@pytest.mark.parametrize(("name", "overload"), list({str(o): (n, o) for n, o in overloads()}.values()), ids=str)
+@each_overload(NAMES)
 def test_opcheck(name, overload):
     logits, codes = inputs(3, 5)
     keys, index, drawn = KEY.expand(3, 2), torch.tensor([0, 9, 2]), torch.rand(3, 5, K + 1)

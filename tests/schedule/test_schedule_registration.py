@@ -4,12 +4,13 @@ import io
 
 import pytest
 import torch
+from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
-from mmgen_kernels import backends, battery
+from mmgen_kernels import battery
 from mmgen_kernels.battery.draws import randn
 from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.schedule.law import BF16, FP32, FP64
@@ -80,16 +81,7 @@ def samples(name):
         yield tuple((given | upstream | extra).get(n) for n in OPERATORS[name].inputs)
 
 
-def overloads():
-    for name in ("scheduler_step", "guidance", "add_noise"):
-        for each in (name, f"{name}_backward"):
-            operator = OPERATORS[each]
-            for implementation, overload in operator.overloads.items():
-                if implementation not in operator.launchers or not backends.reasons_against(operator, implementation, "cpu"):
-                    yield each, overload
-
-
-@pytest.mark.parametrize(("name", "overload"), list({str(o): (n, o) for n, o in overloads()}.values()), ids=str)
+@each_overload(with_backward("scheduler_step", "guidance", "add_noise"))
 def test_opcheck(name, overload):
     for arguments in samples(name):
         torch.library.opcheck(overload, arguments)

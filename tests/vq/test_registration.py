@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+from overloads import each_overload
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mmgen_kernels as mk
-from mmgen_kernels import backends, battery
+from mmgen_kernels import battery
 from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.library import OPERATORS
 from mmgen_kernels.vq import ops
@@ -142,16 +143,7 @@ def entropy_samples(name):
         yield torch.ones_like(sample), None, *saved, False, True
 
 
-def overloads():
-    for name in {case.operator: None for case in battery.cases("vq")}:
-        operator = OPERATORS[name]
-        for implementation, overload in operator.overloads.items():
-            if implementation in operator.launchers and backends.reasons_against(operator, implementation, "cpu"):
-                continue  # test_triton.py has the interpreter check it
-            yield pytest.param(name, overload, id=str(overload))
-
-
-@pytest.mark.parametrize(("name", "overload"), list({p.id: p for p in overloads()}.values()))
+@each_overload(dict.fromkeys(case.operator for case in battery.cases("vq")))
 def test_opcheck(name, overload):
     for arguments in samples(name):
         torch.library.opcheck(overload, arguments)
