@@ -81,7 +81,7 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, in_channels, H, W) -> (B, channels[-1], h, w), h = H / downsampling: patches, then residual blocks at each resolution."""
+    """Images (B, in_channels, H, W) -> (B, channels[-1], h, w), h = H / downsampling: patches, then blocks at each resolution."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
