@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mmgen_kernels as mk
-from mmgen_kernels.battery.vq.data import randint, randn
+from mmgen_kernels.battery.draws import randint, randn
 from mmgen_kernels.patching import diffusers_codes
 from tests.patching import twins_codes
 

@@ -9,9 +9,9 @@ from on_device import recorded, waits_are_errors
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
+from mmgen_kernels.battery.draws import randn
+from mmgen_kernels.battery.laws import same_bits
 from mmgen_kernels.battery.schedule.law import BF16, FP16, FP32, FP64
-from mmgen_kernels.battery.vq.data import randn
-from mmgen_kernels.battery.vq.vector_quantize import same_bits
 
 T = 20
 TABLE = mk.hybrid_table(torch.linspace(1e-3, 0.3, T))

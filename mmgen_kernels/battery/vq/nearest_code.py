@@ -12,7 +12,8 @@ from torch import Tensor
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Case, Outcome, on_other_threads
-from mmgen_kernels.battery.vq.data import DATA_SETS, rand
+from mmgen_kernels.battery.draws import rand
+from mmgen_kernels.battery.vq.data import DATA_SETS
 from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.vq import reference
 from mmgen_kernels.vq.ops import METRICS
