@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmgen_kernels.checks import DTYPES
 from mmgen_kernels.patching.diffusers_schedulers import Method
-from mmgen_kernels.patching.gaussian_diffusion_trial import difference_of, told_by
+from mmgen_kernels.patching.gaussian_diffusion_trial import OPTIONAL, difference_of, told_by
 from mmgen_kernels.schedule.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, losses
 from mmgen_kernels.schedule.gaussian_diffusion.kinds import member
 from mmgen_kernels.schedule.gaussian_diffusion.steps import Limits, Process, loop
@@ -26,9 +26,11 @@ from mmgen_kernels.schedule.gaussian_diffusion.tables import Tables
 
 BY = "mk.GaussianDiffusion"
 FALLS_BACK_WHEN = (
-    "an argument is given that only this script's method has, or cond_fn",
+    "an argument is given that only this script's method has",
+    "cond_fn or MAR's temperature is given, of which the trial found another result, or there was none (verify=False)",
+    "cond_fn is given with x of 64 bits",
     "tensors are no floats, t is not (B,) of int64, or the model's output has another shape than the variances ask for",
-    "the losses are to be differentiated by x_start or noise, or these are of 16 bits",
+    "the losses are to be differentiated by x_start or noise",
     "a method or a table was replaced on the instance after mk.patch",
 )
 KINDS = {"model_mean_type": ModelMeanType, "model_var_type": ModelVarType, "loss_type": LossType}
@@ -67,6 +69,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "p_sample_loop_progressive": (),
     "ddim_sample_loop_progressive": (),
 }
+OF_GUIDANCE = ("condition_mean", "condition_score")  # what stock code calls besides where there is a cond_fn
 OF_SPACING = ("p_mean_variance", "training_losses", "condition_mean", "condition_score", "_scale_timesteps", "_wrap_model")
 
 
@@ -75,9 +78,10 @@ class DiffusionMethod(Method):
 
     takes: tuple[str, ...]  # arguments that are served; of others the default
 
-    def __init__(self, diffusion: Any, name: str, process: Process):
+    def __init__(self, diffusion: Any, name: str, process: Process, optional: Iterable[str]):
         super().__init__(diffusion)
         self.name, self.process = name, process
+        self.takes = tuple(taken for taken in type(self).takes if taken not in OPTIONAL or taken in optional)
         self.loss_type = member("loss_type", LossType, diffusion.loss_type)
         self.defaults = arguments_of(base_of(type(diffusion)), name)
         self.tables = [(table, vars(diffusion)[table]) for table in TABLES if table in vars(diffusion)]
@@ -85,7 +89,7 @@ class DiffusionMethod(Method):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.given(args, kwargs)
-        if given is None or not self.as_it_was() or not self.serves(**given):
+        if given is None or not self.as_it_was(given) or not self.serves(**given):
             return self.stock(*args, **kwargs)
         return self.fused(**given)
 
@@ -101,9 +105,9 @@ class DiffusionMethod(Method):
             return None
         return {name: value for name, value in given.items() if name in self.takes}
 
-    def as_it_was(self) -> bool:
+    def as_it_was(self, given: dict[str, Any]) -> bool:
         there = vars(self.scheduler)
-        others = (self.name, *CALLS[self.name])
+        others = (self.name, *CALLS[self.name], *(OF_GUIDANCE if given.get("cond_fn") is not None else ()))
         replaced = any(name in there and not isinstance(there[name], DiffusionMethod) for name in others)
         return not replaced and all(there.get(name) is table for name, table in self.tables)
 
@@ -136,11 +140,17 @@ class QSample(DiffusionMethod):
 class Sample(DiffusionMethod):
     """p_sample, ddim_sample and ddim_reverse_sample."""
 
-    takes = ("model", "x", "t", "clip_denoised", "denoised_fn", "model_kwargs", "eta")
+    takes = ("model", "x", "t", "clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "eta", "temperature")
 
-    def serves(self, model: Any, x: Any, t: Any, eta: float = 0.0, **limits: Any) -> bool:  # type: ignore[override]
-        known = are_samples(x, t) and isinstance(limits["clip_denoised"], bool) and isinstance(eta, (int, float))
-        return known and not is_wrapped(model, self.wrapper) and not (self.name == "ddim_reverse_sample" and eta != 0)
+    def serves(  # type: ignore[override]
+        self, model: Any, x: Any, t: Any, eta: float = 0.0, temperature: float = 1.0, cond_fn: Any = None, **limits: Any
+    ) -> bool:
+        numbers = isinstance(eta, (int, float)) and isinstance(temperature, (int, float))
+        known = are_samples(x, t) and isinstance(limits["clip_denoised"], bool) and numbers
+        # stock makes fp32 of a gradient, whatever x is
+        guides = cond_fn is None or (callable(cond_fn) and not is_wrapped(cond_fn, self.wrapper) and x.dtype != torch.float64)
+        reversed_with_noise = self.name == "ddim_reverse_sample" and eta != 0
+        return known and guides and not is_wrapped(model, self.wrapper) and not reversed_with_noise
 
     def fused(  # type: ignore[override]
         self,
@@ -150,27 +160,29 @@ class Sample(DiffusionMethod):
         clip_denoised: bool,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
-        **eta: float,
+        **options: Any,
     ) -> dict[str, Tensor]:
         output = self.asked(model, x, t, model_kwargs)
-        limits = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
         if self.refuses(x, output):
-            return self.stock(lambda *args, **kwargs: output, x, t, **limits, model_kwargs=model_kwargs, **eta)
+            given = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "model_kwargs": model_kwargs, **options}
+            return self.stock(lambda *args, **kwargs: output, x, t, **given)
+        limits, cond_fn = Limits(clip_denoised, denoised_fn), options.get("cond_fn")
         m, v = self.process.split(x, output)
-        z = None if self.name == "ddim_reverse_sample" else self.process.draw(x)
         if self.name == "p_sample":
-            assert z is not None
-            sample, clean = self.process.ancestral(x, m, t, z, v, Limits(clip_denoised, denoised_fn))
+            z, gradient = self.process.draw(x), self.process.gradient(cond_fn, x, t, model_kwargs)
+            sample, clean = self.process.ancestral(x, m, t, z, v, limits, gradient, options.get("temperature", 1.0))
         else:
-            reverse = self.name == "ddim_reverse_sample"
-            sample, clean = self.process.ddim(x, m, t, z, eta.get("eta", 0.0), Limits(clip_denoised, denoised_fn), None, reverse)
+            reverse, gradient = self.name == "ddim_reverse_sample", self.process.gradient(cond_fn, x, t, model_kwargs)
+            drawn = None if reverse else self.process.draw(x)
+            sample, clean = self.process.ddim(x, m, t, drawn, options.get("eta", 0.0), limits, gradient, reverse)
         return {"sample": sample, "pred_xstart": clean}
 
 
 class Loop(DiffusionMethod):
     """Timesteps are filled in on the device, where stock sends each of them."""
 
-    takes = ("model", "shape", "noise", "clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "device", "progress", "eta")
+    takes = ("model", "shape", "noise", "device", "progress", "clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "eta",
+             "temperature")  # fmt: skip
 
     def serves(self, shape: Any, noise: Any = None, **options: Any) -> bool:  # type: ignore[override]
         return isinstance(shape, (tuple, list)) and (noise is None or isinstance(noise, Tensor))
@@ -189,9 +201,8 @@ class TrainingLosses(DiffusionMethod):
         known = are_samples(x_start, t) and (noise is None or are_alike(noise, x_start))
         if not known or is_wrapped(model, self.wrapper):
             return False
-        # in 16 bits stock takes 0.999, the edge of the last level, for 1; and our loss has no gradients of these
-        given = (x_start,) if noise is None else (x_start, noise)
-        return not any(x.requires_grad or x.dtype not in (torch.float32, torch.float64) for x in given)
+        # our loss has no gradients of these
+        return not any(given is not None and given.requires_grad for given in (x_start, noise))
 
     def fused(  # type: ignore[override]
         self,
@@ -343,27 +354,30 @@ def considered(diffusion: Any, verify: bool, noise: str) -> tuple[list[str], dic
         return [f"stock code fails in verification: {type(error).__name__}: {error}"], {}, {}
     if isinstance(times, str):
         return [times], {}, {}
+    optional = dict[str, list[str]]()  # of the arguments that not all scripts' methods have, those that mean what we know
     there = [name for name in METHODS if callable(getattr(type(diffusion), name, None))]
     changed, kept = overriders(diffusion), dict[str, list[str]]()
     for name in there:
         kept[name] = [changed[called] for called in (name, *CALLS[name]) if called in changed]
         kept[name] += unknown_arguments(diffusion, name)
     if verify:
-        trial = methods_of(stock, times, "torch", [name for name in there if not kept[name]])
-        for name, method in trial.items():
+        known = {name: [taken for taken in OPTIONAL if taken in METHODS[name].takes] for name in there if not kept[name]}
+        for name, method in methods_of(stock, times, "torch", known).items():
             kept[name] += difference_of(stock, method, times)
-    found = methods_of(diffusion, times, noise, [name for name in there if not kept[name]])
+            tried = [] if kept[name] else [taken for taken in known[name] if taken in method.defaults]
+            optional[name] = [taken for taken in tried if not difference_of(stock, method, times, taken)]
+    found = methods_of(diffusion, times, noise, {name: optional.get(name, []) for name in there if not kept[name]})
     return [], dict(found), {name: reasons for name, reasons in kept.items() if reasons}
 
 
-def methods_of(diffusion: Any, times: Tensor, noise: str, names: list[str]) -> dict[str, DiffusionMethod]:
-    """They share a process, and so its tables on the devices."""
+def methods_of(diffusion: Any, times: Tensor, noise: str, names: dict[str, list[str]]) -> dict[str, DiffusionMethod]:
+    """By name, with the optional arguments that each serves. They share a process, and so its tables on the devices."""
     betas = torch.as_tensor(diffusion.betas, dtype=torch.float64, device="cpu")
     mean = member("model_mean_type", ModelMeanType, diffusion.model_mean_type)
     variance = member("model_var_type", ModelVarType, diffusion.model_var_type)
     as_they_are = torch.equal(times, torch.arange(len(betas))) and times.dtype == torch.int64
     process = Process(Tables(betas, mean, variance), None if as_they_are else times, noise)
-    return {name: METHODS[name](diffusion, name, process) for name in names}
+    return {name: METHODS[name](diffusion, name, process, optional) for name, optional in names.items()}
 
 
 def unknown_arguments(diffusion: Any, name: str) -> list[str]:

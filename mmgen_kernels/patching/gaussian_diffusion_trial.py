@@ -15,6 +15,14 @@ CPU = torch.device("cpu")
 CHANNELS, SIDE = 2, 8
 STEPS_OF_A_LOOP = 3
 
+
+def guide(x: Tensor, t: Tensor, shift: float = 0.0) -> Tensor:
+    """What a classifier might say, and what it is told with it."""
+    return torch.sin(x + shift) + torch.cos(t.to(x.dtype)).view(-1, *[1] * (x.dim() - 1))
+
+
+OPTIONAL: dict[str, Any] = {"cond_fn": guide, "temperature": 0.7}  # not of every script: tried each for itself
+
 Call = Callable[[Callable[..., Any]], dict[str, Any]]
 
 _verified: set[Any] = set()  # kinds of objects, by method
@@ -60,16 +68,19 @@ class Model(nn.Module):
         return torch.cat((m, torch.sin(2 * x + self.weight[1])), 1) if self.learned else m
 
 
-def difference_of(diffusion: Any, method: Any, times: Tensor) -> list[str]:
-    """What `method` does otherwise than the stock method of `diffusion`; that there is nothing is remembered."""
+def difference_of(diffusion: Any, method: Any, times: Tensor, optional: str | None = None) -> list[str]:
+    """What `method` does otherwise than the stock method of `diffusion`; that there is nothing is remembered.
+
+    optional: of the OPTIONAL arguments the one that is given.
+    """
     tables = diffusion.betas.tobytes() if hasattr(diffusion.betas, "tobytes") else tuple(map(float, diffusion.betas))
     kinds = (diffusion.model_mean_type.name, diffusion.model_var_type.name, diffusion.loss_type.name)
-    key = (type(diffusion), method.name, kinds, tables, tuple(times.tolist()), tuple(method.defaults))
+    key = (type(diffusion), method.name, kinds, tables, tuple(times.tolist()), tuple(method.defaults), optional)
     if key in _verified:
         return []
     stock = getattr(diffusion, method.name)
     with undisturbed(CPU):
-        for told, t, call in calls(diffusion, method):
+        for told, t, call in calls(diffusion, method, optional):
             magnifications = magnifications_at(diffusion, t)
             try:
                 expected = left_by(call, stock)
@@ -85,7 +96,7 @@ def difference_of(diffusion: Any, method: Any, times: Tensor) -> list[str]:
     return []
 
 
-def calls(diffusion: Any, method: Any) -> Iterator[tuple[str, Tensor, Call]]:
+def calls(diffusion: Any, method: Any, optional: str | None) -> Iterator[tuple[str, Tensor, Call]]:
     """Calls of a method: a name, the timesteps of the samples, and a function of the method to what it returns."""
     T, takes = diffusion.num_timesteps, method.defaults
     t = torch.tensor([0, 1, T // 4, T // 2, 3 * T // 4, T - 1])
@@ -94,7 +105,7 @@ def calls(diffusion: Any, method: Any) -> Iterator[tuple[str, Tensor, Call]]:
     x, z = torch.randn(2, *shape, generator=generator)
     data = (x.clamp(-1.2, 1.2).clamp(-1, 1) * 127.5).round() / 127.5
     model = Model(factor(diffusion) == 2)
-    kwargs = {"model_kwargs": {"shift": 0.1}}
+    kwargs: dict[str, Any] = {"model_kwargs": {"shift": 0.1}} | ({} if optional is None else {optional: OPTIONAL[optional]})
     if method.name == "q_sample":
         yield "with noise of its own", t, lambda f: {"x_t": f(data, t)}
         yield "with noise", t, lambda f: {"x_t": f(data, t, noise=z)}

@@ -127,7 +127,7 @@ def test_a_copy_serves_itself(copied):
     other = copied(diffusion)
     assert other.p_sample.scheduler is other and other.p_sample.process is other.training_losses.process
     assert_close(results(other), expected)
-    assert other.p_sample.as_it_was()
+    assert other.p_sample.as_it_was({})
 
 
 def test_philox():
@@ -147,23 +147,156 @@ def test_philox():
 
 def tempered_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, temperature=1.0):
     """As MAR has it, with an argument more."""
+    return hotter(self, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, temperature)
+
+
+def hotter(self, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, heat):
     out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
     later = (t != 0).float().view(-1, 1, 1, 1)
-    noise = torch.randn_like(x) * temperature
+    noise = torch.randn_like(x) * heat
+    if cond_fn is not None:
+        out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
     return {"sample": out["mean"] + later * torch.exp(0.5 * out["log_variance"]) * noise, "pred_xstart": out["pred_xstart"]}
 
 
-def test_an_argument_that_only_the_script_knows(monkeypatch):
+def tempered_loop(self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+                  device=None, progress=False, temperature=1.0):  # fmt: skip
+    x = torch.randn(*shape, device=device) if noise is None else noise
+    for i in reversed(range(self.num_timesteps)):
+        t = torch.tensor([i] * shape[0], device=device)
+        with torch.no_grad():
+            out = self.p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, temperature=temperature)
+        yield out
+        x = out["sample"]
+
+
+@pytest.mark.parametrize("variance", ("LEARNED_RANGE", "FIXED_SMALL"))
+def test_the_temperature_of_mar(monkeypatch, variance):
     monkeypatch.setattr(Plain, "p_sample", tempered_sample)
+    monkeypatch.setattr(Plain, "p_sample_loop_progressive", tempered_loop)
+    diffusion, x, t, model = made(variance=variance), numbers(1), torch.tensor([0, 3, 9, 19]), Model(variance != "FIXED_SMALL")
+
+    def run():
+        torch.manual_seed(1)
+        steps = [
+            diffusion.p_sample(model, x, t, temperature=heat, cond_fn=cond_fn) for heat in (0.5, 1) for cond_fn in (None, guide)
+        ]
+        steps += list(diffusion.p_sample_loop_progressive(model, SHAPE, device="cpu", temperature=0.9))
+        return [of for step in steps for of in step.values()] + [torch.randn(3)]
+
+    expected = run()
+    with mk.patch(diffusion, strict=True), Launches() as launches:
+        found = run()
+    assert launches.of("scheduler_step") == 4 + 20 + (2 if variance == "LEARNED_RANGE" else 0)
+    for ours, stock in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=3e-4, atol=3e-5 * max(1, float(stock.abs().max())))
+
+
+def test_a_temperature_that_means_something_else(monkeypatch):
+    """It is learned by trying: here the deviation goes with its square, and stock code serves those calls."""
+
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, temperature=1.0):
+        return hotter(self, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, temperature**2)
+
+    monkeypatch.setattr(Plain, "p_sample", p_sample)
+    same_as_stock_s(lambda d, *at: d.p_sample(*at, temperature=0.5), lambda d, *at: d.p_sample(*at, temperature=1))
+
+
+def test_an_argument_that_only_the_script_knows(monkeypatch):
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, strength=1.0):
+        return hotter(self, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, strength)
+
+    monkeypatch.setattr(Plain, "p_sample", p_sample)
+    same_as_stock_s(lambda d, *at: d.p_sample(*at, strength=0.5), lambda d, *at: d.p_sample(*at, strength=1.0))
+
+
+def same_as_stock_s(of_stock, of_ours):
+    """The first call has stock's bits and no operator of ours; the second has one."""
     diffusion, x, t, model = made(), numbers(1), torch.tensor([0, 3, 9, 19]), Model()
     torch.manual_seed(1)
-    expected = diffusion.p_sample(model, x, t, temperature=0.5)["sample"]
+    expected = of_stock(diffusion, model, x, t)["sample"]
     with mk.patch(diffusion, strict=True):
         torch.manual_seed(1)
-        assert same_bits(diffusion.p_sample(model, x, t, temperature=0.5)["sample"], expected)
         with Launches() as launches:
-            diffusion.p_sample(model, x, t, temperature=1.0)
+            assert same_bits(of_stock(diffusion, model, x, t)["sample"], expected)
+        assert not launches.of("scheduler_step")
+        with Launches() as launches:
+            of_ours(diffusion, model, x, t)
         assert launches.of("scheduler_step") == 1
+
+
+# -- guidance by a classifier -------------------------------------------------------------------------------------------
+
+
+def guide(x, t, y=0.1):
+    """Of 16 bits where x is, as a classifier's gradient: and of what it is told."""
+    return torch.sin(3 * x + y) + torch.cos(t.float()).view(-1, 1, 1, 1).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", (Plain, Spaced))
+@pytest.mark.parametrize(
+    ("mean", "variance"), (("EPSILON", "LEARNED_RANGE"), ("START_X", "FIXED_LARGE"), ("PREVIOUS_X", "LEARNED"))
+)
+def test_guided_by_a_classifier(kind, mean, variance):
+    diffusion, learned = made(kind, mean, variance, rescale_timesteps=True), variance.startswith("LEARNED")
+    T, x, model = diffusion.num_timesteps, numbers(1), Model(learned)
+    t, kwargs = torch.tensor([0, 1, T // 2, T - 1]), {"cond_fn": guide, "model_kwargs": {"y": 0.2}}
+
+    def run():
+        torch.manual_seed(3)
+        names = ("p_sample", "ddim_sample", "ddim_reverse_sample")
+        steps = [getattr(diffusion, name)(model, x, t, clip_denoised=clip, **kwargs) for name in names for clip in (True, False)]
+        steps.append(diffusion.ddim_sample(model, x, t, eta=0.7, **kwargs))
+        steps += itertools.islice(diffusion.p_sample_loop_progressive(model, SHAPE, device="cpu", **kwargs), 3)
+        return [of for step in steps for of in step.values()] + [torch.randn(3)]
+
+    expected = run()
+    with mk.patch(diffusion, strict=True), Launches() as launches:
+        found = run()
+    assert launches.of("scheduler_step") == 10 + (5 if learned else 0)  # a gradient weighed by a learned variance is one more
+    for ours, stock in zip(found, expected, strict=True):
+        assert ours.dtype == stock.dtype
+        torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-4 * max(1, float(stock.abs().max())))
+
+
+def test_a_classifier_in_16_bits_is_as_near_to_fp64_as_stock_s():
+    diffusion, x, t = made(), numbers(1).bfloat16(), torch.tensor([0, 3, 9, 19])
+    given = torch.cat((numbers(2), numbers(3).tanh()), 1).bfloat16()
+
+    def run(to):
+        torch.manual_seed(3)
+        z = torch.randn_like(x).to(to)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn_like", lambda *args, **kwargs: z)
+            model, cond_fn = (lambda *args: given.to(to)), (lambda *args: 5 * x.to(to))
+            out = diffusion.p_sample(model, x.to(to), t, clip_denoised=False, cond_fn=cond_fn)
+        return out["sample"].double()
+
+    exact, stock = run(torch.float64), run(torch.bfloat16)
+    with mk.patch(diffusion, strict=True), Launches() as launches:
+        ours = run(torch.bfloat16)
+    assert launches.of("scheduler_step") == 2
+    assert (ours - exact).square().mean() <= (stock - exact).square().mean()
+
+
+def test_a_classifier_that_stock_serves(monkeypatch):
+    """One told something else than the model is, one that is wrapped already, x of 64 bits, and guidance that came later."""
+
+    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        return p_mean_var["mean"] + p_mean_var["variance"] * cond_fn(x, t // 2, **(model_kwargs or {}))
+
+    monkeypatch.setattr(Plain, "condition_mean", condition_mean)
+    same_as_stock_s(lambda d, *at: d.p_sample(*at, cond_fn=guide), lambda d, *at: d.ddim_sample(*at, cond_fn=guide))
+    monkeypatch.undo()
+    monkeypatch.setattr(trial, "_verified", set())
+    same_as_stock_s(lambda d, *at: d.p_sample(*at, cond_fn=d._wrap_model(guide)), lambda d, *at: d.p_sample(*at))
+    same_as_stock_s(lambda d, m, x, t: d.ddim_sample(m, x.double(), t, cond_fn=guide), lambda d, *at: d.ddim_sample(*at))
+    diffusion, x, t = made(), numbers(1), torch.tensor([0, 3, 9, 19])
+    mk.patch(diffusion, strict=True)
+    diffusion.condition_score = lambda cond_fn, out, x, t, model_kwargs=None: out
+    with Launches() as launches:
+        diffusion.ddim_sample(Model(), x, t, cond_fn=guide)
+    assert not launches.of("scheduler_step")
 
 
 class Launches(torch.utils._python_dispatch.TorchDispatchMode):
@@ -183,7 +316,6 @@ def test_calls_that_stock_serves():
     diffusion, x, t, model = made(), numbers(1), torch.tensor([0, 3, 9, 19]), Model()
     wrapped = diffusion._wrap_model(model)
     outputs = {
-        "classifier": lambda d: d.p_sample(model, x, t, cond_fn=lambda x, t, y=0: -x),
         "wrapped already": lambda d: d.ddim_sample(wrapped, x, t),
         "int32": lambda d: {"sample": d.q_sample(x, t.int())},
         "broadcast noise": lambda d: {"sample": d.q_sample(x, t, noise=x[:1])},
@@ -197,10 +329,33 @@ def test_calls_that_stock_serves():
         assert same_bits(found, expected) and not launches.of("scheduler_step") and not launches.of("add_noise"), name
 
 
-@pytest.mark.parametrize("change", (torch.Tensor.bfloat16, lambda x: x.clone().requires_grad_()), ids=("16 bits", "learned"))
-def test_data_of_which_stock_makes_the_losses(change):
+@pytest.mark.parametrize("loss", ("MSE", "KL"))
+@pytest.mark.parametrize("variance", ("LEARNED_RANGE", "FIXED_SMALL"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_losses_of_16_bits_are_as_near_to_fp64_as_stock_s(dtype, variance, loss):
+    """Stock takes 0.999, the edge of the last level, for 1 in bf16, and squares and adds up there."""
+    diffusion, t = made(variance=variance, loss=loss), torch.tensor([0, 1, 9, 19])
+    x, z, m, v = ((numbers(i) * 1.5).to(dtype) for i in range(4))
+    x = x.clamp(-1, 1)
+    output = torch.cat((m, v.tanh()), 1) if variance.startswith("LEARNED") else m
+
+    def losses(to, of_output):
+        terms = diffusion.training_losses(lambda *args: output.to(of_output), x.to(to), t, noise=z.to(to))
+        return {name: value.double() for name, value in terms.items()}
+
+    for of_output in (dtype, torch.float32):
+        exact, stock = losses(torch.float64, torch.float64), losses(dtype, of_output)
+        with mk.patch(diffusion, strict=True), Launches() as launches:
+            ours = losses(dtype, of_output)
+        assert launches.of("hybrid_loss") + launches.of("diffusion_loss") == 1 and ours.keys() == exact.keys()
+        for name, value in exact.items():
+            far = (stock[name] - value).abs().mean()
+            assert (ours[name] - value).abs().mean() <= far + 1e-5 * value.abs().mean(), (name, of_output)
+
+
+def test_data_of_which_stock_makes_the_losses():
     """But for their x_t: that is q_sample's, which is ours."""
-    diffusion, x, t, model = made(), change(numbers(1).clamp(-1, 1)), torch.tensor([0, 3, 9, 19]), Model()
+    diffusion, x, t, model = made(), numbers(1).clamp(-1, 1).requires_grad_(), torch.tensor([0, 3, 9, 19]), Model()
     z = numbers(2).to(x.dtype)
     expected = diffusion.training_losses(model, x, t, noise=z)["loss"]
     with mk.patch(diffusion, strict=True), Launches() as launches:

@@ -135,14 +135,14 @@ class GaussianDiffusion:
         self, cond_fn: Callable[..., Tensor], p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Kwargs = None
     ) -> Tensor:
         """The mean, moved by the variance times ``cond_fn(x, t)``, a gradient of log p(y | x)."""
-        gradient = cond_fn(x, self.process.told(t), **(model_kwargs or {}))
-        return torch.addcmul(p_mean_var["mean"].float(), p_mean_var["variance"].float(), gradient.float())
+        gradient = self.process.gradient(cond_fn, x, t, model_kwargs).float()
+        return torch.addcmul(p_mean_var["mean"].float(), p_mean_var["variance"].float(), gradient)
 
     def condition_score(
         self, cond_fn: Callable[..., Tensor], p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Kwargs = None
     ) -> dict[str, Tensor]:
         """p_mean_var as if the score had the gradient of log p(y | x) in it, "pred_xstart" and "mean" changed."""
-        gradient = cond_fn(x, self.process.told(t), **(model_kwargs or {}))
+        gradient = self.process.gradient(cond_fn, x, t, model_kwargs)
         asked = ("ddim", 0.0, True)
         clean = self.process.step(self.process.of_data, asked, [x, p_mean_var["pred_xstart"], gradient], t)[1]
         return p_mean_var | {"pred_xstart": clean, "mean": self.q_posterior_mean_variance(clean, x, t)[0]}
@@ -167,7 +167,7 @@ class GaussianDiffusion:
         """
         m, v = self.process.split(x, self.ask(model, x, t, model_kwargs)[0])
         z = self.process.draw(x)
-        gradient = None if cond_fn is None else cond_fn(x, self.process.told(t), **(model_kwargs or {}))
+        gradient = self.process.gradient(cond_fn, x, t, model_kwargs)
         sample, clean = self.process.ancestral(x, m, t, z, v, Limits(clip_denoised, denoised_fn), gradient)
         return {"sample": sample, "pred_xstart": clean}
 
@@ -206,7 +206,7 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """One step of DDIM; arguments and result as `p_sample`. eta: 0 is deterministic, 1 draws as much noise as `p_sample`."""
         m, _ = self.process.split(x, self.ask(model, x, t, model_kwargs)[0])
-        gradient = None if cond_fn is None else cond_fn(x, self.process.told(t), **(model_kwargs or {}))
+        gradient = self.process.gradient(cond_fn, x, t, model_kwargs)
         z = self.process.draw(x)
         sample, clean = self.process.ddim(x, m, t, z, eta, Limits(clip_denoised, denoised_fn), gradient)
         return {"sample": sample, "pred_xstart": clean}
@@ -226,7 +226,7 @@ class GaussianDiffusion:
         if eta != 0:
             raise ValueError(f"eta must be 0, the way back of a deterministic step, got {eta}")
         m, _ = self.process.split(x, self.ask(model, x, t, model_kwargs)[0])
-        gradient = None if cond_fn is None else cond_fn(x, self.process.told(t), **(model_kwargs or {}))
+        gradient = self.process.gradient(cond_fn, x, t, model_kwargs)
         sample, clean = self.process.ddim(x, m, t, None, 0.0, Limits(clip_denoised, denoised_fn), gradient, reverse=True)
         return {"sample": sample, "pred_xstart": clean}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ class Process:
         if t.device not in self._times:
             self._times[t.device] = self.times.to(t.device)
         return self._times[t.device][t]
+
+    @overload
+    def gradient(self, cond_fn: None, x: Tensor, t: Tensor, model_kwargs: Kwargs) -> None: ...
+
+    @overload
+    def gradient(self, cond_fn: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: Kwargs) -> Tensor: ...
+
+    def gradient(self, cond_fn: Callable[..., Tensor] | None, x: Tensor, t: Tensor, model_kwargs: Kwargs) -> Tensor | None:
+        """What a classifier says at x, of x's shape and fp32 at least, as a variance of 16 bits would round it again."""
+        if cond_fn is None:
+            return None
+        return cond_fn(x, self.told(t), **(model_kwargs or {})).to(torch.promote_types(x.dtype, torch.float32)).expand(x.shape)
 
     def split(self, x: Tensor, output: Any) -> tuple[Tensor, Tensor | None]:
         """Of the model's output the prediction, and what it says of the variance; both of x's shape, views."""
@@ -121,19 +133,27 @@ class Process:
         return (m if self.tables.mean is ModelMeanType.PREVIOUS_X else mean), clean
 
     def ancestral(
-        self, x: Tensor, m: Tensor, t: Tensor, z: Tensor, v: Tensor | None, limits: Limits, gradient: Tensor | None = None
+        self,
+        x: Tensor,
+        m: Tensor,
+        t: Tensor,
+        z: Tensor,
+        v: Tensor | None,
+        limits: Limits,
+        gradient: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """x_{t-1} and the predicted x_0."""
-        guided, inputs = gradient is not None, []
+        """x_{t-1} and the predicted x_0. temperature: what the noise is multiplied by."""
+        asked, inputs = ("ancestral", gradient is not None, float(temperature)), []
         if gradient is not None:
             if v is not None:
-                asked = self.tables.on(x.device, "weighed")
-                (gradient,) = scheduler_step([x], asked, t.long(), noise=gradient.to(x.dtype), variance=v)
+                weighed = self.tables.on(x.device, "weighed")
+                (gradient,) = scheduler_step([gradient], weighed, t.long(), noise=gradient, variance=v)
             inputs = [gradient]
         tables, given = self.limited(x, m, t, limits)
-        sample, clean = self.step(tables, ("ancestral", guided), [x, given, *inputs], t, z=z, v=v, clamp=limits.clamp)
+        sample, clean = self.step(tables, asked, [x, given, *inputs], t, z=z, v=v, clamp=limits.clamp)
         if tables is not self.tables and self.tables.mean is ModelMeanType.PREVIOUS_X:  # the mean is what the model said
-            sample, _ = self.step(self.tables, ("ancestral", guided), [x, m, *inputs], t, z=z, v=v)
+            sample, _ = self.step(self.tables, asked, [x, m, *inputs], t, z=z, v=v)
         return sample, clean
 
     def ddim(

@@ -137,18 +137,18 @@ class Tables:
         mean = column(self.posterior_mean_coef1) * of["m"] + column(self.posterior_mean_coef2) * of["x"]
         return rows(of["nothing"], mean)
 
-    def ancestral(self, guided: bool = False) -> Tensor:
+    def ancestral(self, guided: bool = False, temperature: float = 1.0) -> Tensor:
         """Gives x_{t-1} and d: (T, 3, n + 2). A learned variance weighs z, and has a line more; g then has its v in it already."""
         of, later = self.forms(guided), column((torch.arange(len(self)) > 0).double())
         variance, log = self.fixed_variances().unbind(1)
         learned = self.variance.learned
-        sample = self.posterior(of) + later * of["z"] * (1 if learned else column((log / 2).exp()))
+        sample = self.posterior(of) + temperature * later * of["z"] * (1 if learned else column((log / 2).exp()))
         if guided:
             sample = sample + of["g"] * (1 if learned else column(variance))
         return rows(self.predicted(of), sample, of["d"], *([self.ends(of, 1)] if learned else []))
 
     def weighed(self) -> Tensor:
-        """Gives z times the learned variance, with x as the only input: (T, 3, 3)."""
+        """Gives z times the learned variance, whatever the only input: (T, 3, 3)."""
         of = {name: line[:, 1:] for name, line in self.forms().items()}
         return rows(of["nothing"], of["z"], self.ends(of, 2))
 
