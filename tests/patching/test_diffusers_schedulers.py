@@ -229,6 +229,13 @@ def test_runs_are_those_of_diffusers(diffusers, class_name, config):
 
 
 @pytest.mark.parametrize("class_name", DEFAULTS)
+def test_an_instance_that_has_made_no_step_is_patched(diffusers, class_name):
+    scheduler = getattr(diffusers, class_name)()
+    with mk.patch(scheduler) as handle:
+        assert "step" in vars(scheduler), handle.report()
+
+
+@pytest.mark.parametrize("class_name", DEFAULTS)
 def test_configs_and_classes_are_those_of_diffusers(diffusers, class_name, tmp_path):
     stock, ours = getattr(diffusers, class_name), getattr(mk.schedulers, class_name)
     for method in ("step", "set_timesteps", "add_noise", "scale_noise", "scale_model_input", "get_velocity"):

@@ -38,7 +38,8 @@ def flow_match_heun(
     prediction, _ = of_channels(table.plan, model_output, sample)
     noise = stepper.draw(table, prediction, generator, prediction.dtype) if table.plan.draws_noise[row] else None
     wide = torch.promote_types(FP32, prediction.dtype)
-    named = {"sample": sample, "model_output": prediction, "last_sample": s.sample, "derivative": s.prev_derivative}
+    last = None if first else s.sample  # which diffusers' own has only after its first step
+    named = {"sample": sample, "model_output": prediction, "last_sample": last, "derivative": s.prev_derivative}
     kept = dict.fromkeys(table.plan.outputs[1:], wide) if first else {}
     found = stepper.run(table, row, named, {"prev_sample": prediction.dtype, **kept}, noise)
     if first:
