@@ -66,4 +66,4 @@ struct Boxed<kernel> {
 }  // namespace mmgen_kernels
 
 // For m.impl(name, ...), in place of TORCH_BOX.
-#define MMGEN_KERNELS_BOX(kernel) TORCH_BOX(&mmgen_kernels::Boxed<kernel>::call)
+#define BOXED(kernel) TORCH_BOX(&mmgen_kernels::Boxed<kernel>::call)

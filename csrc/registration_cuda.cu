@@ -20,10 +20,10 @@ STABLE_TORCH_LIBRARY(mmgen_kernels_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels_cuda, CUDA, m) {
-  m.impl("nearest_code", MMGEN_KERNELS_BOX(&mmgen_kernels::vq::nearest_code_cuda));
-  m.impl("philox_integers", MMGEN_KERNELS_BOX(&mmgen_kernels::philox::integers_cuda));
-  m.impl("philox_uniform", MMGEN_KERNELS_BOX(&mmgen_kernels::philox::uniform_cuda));
-  m.impl("philox_normal", MMGEN_KERNELS_BOX(&mmgen_kernels::philox::normal_cuda));
-  m.impl("fold_in", MMGEN_KERNELS_BOX(&mmgen_kernels::philox::fold_in_cuda));
-  m.impl("scheduler_step", MMGEN_KERNELS_BOX(&mmgen_kernels::schedule::scheduler_step_cuda));
+  m.impl("nearest_code", BOXED(&mmgen_kernels::vq::nearest_code_cuda));
+  m.impl("philox_integers", BOXED(&mmgen_kernels::philox::integers_cuda));
+  m.impl("philox_uniform", BOXED(&mmgen_kernels::philox::uniform_cuda));
+  m.impl("philox_normal", BOXED(&mmgen_kernels::philox::normal_cuda));
+  m.impl("fold_in", BOXED(&mmgen_kernels::philox::fold_in_cuda));
+  m.impl("scheduler_step", BOXED(&mmgen_kernels::schedule::scheduler_step_cuda));
 }
