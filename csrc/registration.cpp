@@ -50,6 +50,8 @@ STABLE_TORCH_LIBRARY_IMPL(mmgen_kernels, CPU, m) {
   m.impl("hybrid_loss", BOXED(&mmgen_kernels::schedule::hybrid_loss_cpu));
   m.impl("hybrid_loss_backward", BOXED(&mmgen_kernels::schedule::hybrid_loss_backward_cpu));
   m.impl("vq_diffusion_step", BOXED(&mmgen_kernels::schedule::vq_diffusion_step_cpu));
+  m.impl("vq_diffusion_loss", BOXED(&mmgen_kernels::schedule::vq_diffusion_loss_cpu));
+  m.impl("vq_diffusion_loss_backward", BOXED(&mmgen_kernels::schedule::vq_diffusion_loss_backward_cpu));
   m.impl("unmask_step", BOXED(&mmgen_kernels::schedule::unmask_step_cpu));
   m.impl("philox_integers", BOXED(&mmgen_kernels::philox::integers_cpu));
   m.impl("philox_uniform", BOXED(&mmgen_kernels::philox::uniform_cpu));

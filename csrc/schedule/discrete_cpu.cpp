@@ -10,9 +10,7 @@
 #include "parallel.h"
 #include "philox.h"
 #include "philox/kernels.h"
-#include "schedule/discrete_tables.h"
-#include "schedule/schedule.h"
-#include "torch_tensors.h"
+#include "schedule/discrete_fields.h"
 
 namespace mmgen_kernels::schedule {
 
@@ -21,54 +19,6 @@ using torch::stable::Tensor;
 
 namespace discrete {
 namespace {
-
-[[noreturn]] void refuse(const char* what) { throw std::runtime_error(std::string("discrete diffusion: ") + what); }
-
-// (B, N, K) of any strides, in elements.
-struct Field {
-  const char* data;
-  int64_t bytes, samples, positions, classes, by_sample, by_position, by_class;
-  int dtype;
-
-  explicit Field(const Tensor& t)
-      : data(static_cast<const char*>(t.const_data_ptr())), bytes(static_cast<int64_t>(t.element_size())),
-        dtype(static_cast<int>(float_of(t.scalar_type()))) {
-    if (t.dim() != 3) refuse("logits and noise must be (B, N, K)");
-    samples = t.size(0), positions = t.size(1), classes = t.size(2);
-    by_sample = t.stride(0), by_position = t.stride(1), by_class = t.stride(2);
-  }
-  const char* at(int64_t b, int64_t n) const { return data + (b * by_sample + n * by_position) * bytes; }
-  bool dense() const { return by_class == 1; }
-};
-
-// A row of a table, () for all samples or (B,).
-struct Steps {
-  Tensor table, index;
-  const double* rows;
-  const int64_t* indices = nullptr;
-  int64_t count, columns, step;
-  bool per_sample = false;
-
-  Steps(const Tensor& given, int64_t width, const Optional& at, int64_t number, int64_t samples)
-      : table(torch::stable::contiguous(given)), step(number) {
-    if (given.scalar_type() != ScalarType::Double || given.dim() != 2 || given.size(0) < 1 || given.size(1) != width)
-      refuse("the table must be float64 (steps, columns)");
-    rows = static_cast<const double*>(table.const_data_ptr());
-    count = table.size(0), columns = width;
-    if (!at) return;
-    if (at->scalar_type() != ScalarType::Long || at->dim() > 1 || (at->dim() == 1 && at->numel() != samples))
-      refuse("index must be int64, one or one for each sample");
-    index = torch::stable::contiguous(*at);
-    indices = static_cast<const int64_t*>(index.const_data_ptr());
-    per_sample = at->dim() == 1;
-  }
-  int64_t of(int64_t sample) const {
-    return std::clamp<int64_t>(indices ? indices[per_sample ? sample : 0] : step, 0, count - 1);
-  }
-  const double* row(int64_t sample) const { return rows + of(sample) * columns; }
-};
-
-int64_t padded(int64_t classes) { return (classes + row_step - 1) / row_step * row_step; }
 
 // The logits and the exponentials of position after position.
 template <class Real>
@@ -107,8 +57,8 @@ struct Positions {
         bool any = false;
         for (int64_t n = first; n < first + rows; ++n) any |= wanted(b, n);
         if (!any) continue;
-        load(logits, b, first, rows, K, w.data(), size, -std::numeric_limits<Real>::infinity());
-        if (noise) load(*noise, b, first, rows, noise->classes, e.data(), size, std::numeric_limits<Real>::quiet_NaN());
+        load(kernels, logits, b, first, rows, K, w.data(), size, -std::numeric_limits<Real>::infinity());
+        if (noise) load(kernels, *noise, b, first, rows, noise->classes, e.data(), size, std::numeric_limits<Real>::quiet_NaN());
         for (int64_t n = first; n < first + rows; ++n) {
           if (!wanted(b, n)) continue;
           Real* const numbers = e.data() + (noise ? (n - first) * size : 0);
@@ -120,13 +70,6 @@ struct Positions {
   }
 
  private:
-  void load(const Field& field, int64_t b, int64_t first, int64_t rows, int64_t count, Real* out, int64_t size, Real beyond) const {
-    if (field.dense())
-      for (int64_t r = 0; r < rows; ++r) kernels.widen[field.dtype](field.at(b, first + r), count, out + r * size);
-    else kernels.gather[field.dtype](field.at(b, first), field.by_position, field.by_class, rows, count, out, size);
-    for (int64_t r = 0; r < rows; ++r) std::fill(out + r * size + count, out + (r + 1) * size, beyond);
-  }
-
   void draw(int64_t b, int64_t n, int64_t size, Real* out) const {
     const int64_t K = logits.classes, row = (K + 4) / 4 * 4, at = ((key_per_sample ? 0 : b * logits.positions) + n) * row;
     const uint64_t* key = keys.data() + (key_per_sample ? 2 * b : 0);
@@ -134,11 +77,6 @@ struct Positions {
     std::fill(out + K + 1, out + size, std::numeric_limits<Real>::quiet_NaN());
   }
 };
-
-const int64_t* codes_of(const Tensor& dense, const Field& logits) {
-  if (dense.scalar_type() != ScalarType::Long || dense.numel() != logits.samples * logits.positions) refuse("codes must be int64 (B, N)");
-  return static_cast<const int64_t*>(dense.const_data_ptr());
-}
 
 // A row of transitions: of the step, of all steps up to it, and of all steps before it.
 struct Transition {

@@ -56,6 +56,17 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> vq_diffusion_step_cpu(
     const torch::stable::Tensor& transitions, const Optional& index, const Optional& key, int64_t step, double temperature,
     bool with_log_prob);
 
+// The loss of the batch, of each sample or of each place; each sample's divergence and its -log p of x0; each place's numbers.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> vq_diffusion_loss_cpu(
+    const torch::stable::Tensor& logits, const torch::stable::Tensor& x0, const torch::stable::Tensor& x_t,
+    const torch::stable::Tensor& transitions, const Optional& index, const Optional& weight, const Optional& aux_weights,
+    const Optional& mask, int64_t step, std::optional<double> aux_weight, bool classes_first, std::string reduction);
+torch::stable::Tensor vq_diffusion_loss_backward_cpu(
+    const Optional& grad_loss, const Optional& grad_vb, const Optional& grad_aux, const torch::stable::Tensor& logits,
+    const torch::stable::Tensor& x0, const torch::stable::Tensor& x_t, const torch::stable::Tensor& transitions, const Optional& index,
+    const Optional& weight, const Optional& aux_weights, const Optional& mask, const torch::stable::Tensor& places, int64_t step,
+    std::optional<double> aux_weight, bool classes_first, std::string reduction);
+
 // Codes after some are masked again, and before.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> unmask_step_cpu(
     const torch::stable::Tensor& logits, const torch::stable::Tensor& sample, const Optional& noise, const Optional& confidence_noise,

@@ -109,7 +109,7 @@ def subject(
         vb = torch.where(valid, torch.stack(each) if each else logits.sum(-1), 0)  # (B, N)
         missed = -logits.log_softmax(-1).gather(-1, t["x0"].clamp(0, K - 1)[..., None])[..., 0]
         missed = torch.where(valid, missed, 0)
-        share = t["aux"].to(vb.dtype)[:, None] if "aux" in t else torch.tensor(0 if aux is None else aux).to(vb)
+        share = t["aux"].to(vb.dtype)[:, None] if "aux" in t else torch.tensor(aux or 0, dtype=FP64).to(vb)
         loss = vb if aux is None else vb + share * missed
         loss = t["weight"].to(vb.dtype)[:, None] * loss if weight else loss
         of_samples = [each.sum(1) / valid.sum(1).clamp(min=1) for each in (loss, vb, missed)]

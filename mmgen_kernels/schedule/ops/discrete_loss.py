@@ -133,7 +133,7 @@ def vq_diffusion_loss_fake(
 
 
 VQ_DIFFUSION_LOSS = library.define(
-    # places (B, N, 3): the largest logit, the sum of exponentials, and reference/discrete_loss.py's sum of p u / (1 + u)
+    # places (B, N, 3): the largest logit, and over all classes but x0 and x_t the sums of exponentials and of p u / (1 + u)
     "vq_diffusion_loss(Tensor logits, Tensor x0, Tensor x_t, Tensor transitions, Tensor? index, Tensor? weight,"
     " Tensor? aux_weights, Tensor? mask, SymInt step, float? aux_weight, bool classes_first, str reduction)"
     " -> (Tensor loss, Tensor vb, Tensor aux, Tensor places)",

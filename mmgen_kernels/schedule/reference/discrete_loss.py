@@ -36,7 +36,7 @@ def vq_diffusion_loss(
     u = bound.rises()  # (B, N, K)
     turned = over_classes(of.others * (u / (1 + u))) / of.total  # (B, N): the sum of p u / (1 + u)
     kl = bound.divergence(over_classes(u.log1p()))
-    places = torch.stack((of.largest.double(), of.total, turned), -1)  # (B, N, 3)
+    places = torch.stack((of.largest.double(), of.ordinary * of.total, turned), -1)  # (B, N, 3)
     looked_at = torch.ones_like(bound.settled) if aux_weight is not None or aux_weights is not None else ~bound.settled
     looked_at = looked_at if mask is None else looked_at & mask
     places = torch.where(looked_at[..., None], places, 0.0)
