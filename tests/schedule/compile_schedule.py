@@ -25,6 +25,8 @@ from mmgen_kernels.schedule.triton_kernels import (
     hybrid_loss_backward,
     scheduler_step,
     unmask_step,
+    vq_diffusion_loss,
+    vq_diffusion_loss_backward,
     vq_diffusion_step,
 )
 from mmgen_kernels.schedule.triton_kernels import pieces as pieces_of_samples
@@ -35,6 +37,7 @@ diffusion_module = sys.modules["mmgen_kernels.schedule.triton_kernels.diffusion_
 hybrid_module = sys.modules["mmgen_kernels.schedule.triton_kernels.hybrid_loss"]
 KERNELS = {"take_step": step_module, "add_up": step_module, "noise_samples": add_noise_module}
 KERNELS["draw_codes"] = sys.modules["mmgen_kernels.schedule.triton_kernels.discrete"]
+KERNELS["lose_places"] = sys.modules["mmgen_kernels.schedule.triton_kernels.discrete_loss"]
 KERNELS |= dict.fromkeys(("lose", "lose_samples", "average", "slope_of_loss"), diffusion_module)
 KERNELS |= dict.fromkeys(("lose_terms", "lose_hybrid", "slope_of_terms"), hybrid_module)
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -103,6 +106,17 @@ def drawn(operator, dtype=BF16, shape=(2, 32, 1024), codes_first=False, key="one
         unmask_step(logits, codes, noise, wait, torch.ones(10, 2, dtype=FP64), index, keys, 0, 7, temperature)
 
 
+def lost_codes(dtype=BF16, shape=(2, 32, 1024), codes_first=False, on_device=False, mask=False, aux=None):
+    """A call of vq_diffusion_loss and of its backward."""
+    B, N, K = shape
+    logits = torch.empty((B, K, N) if codes_first else shape, dtype=dtype)
+    codes, index = torch.zeros(B, N, dtype=torch.int64), torch.zeros(B, dtype=torch.int64) if on_device else None
+    of = (logits, codes, codes, torch.ones(10, 9, dtype=FP64), index, None, None, codes > 0 if mask else None)
+    rest = (0, aux, codes_first, "none")
+    loss, *_, places = vq_diffusion_loss(*of, *rest)
+    vq_diffusion_loss_backward(loss, None, None, *of, places, *rest)
+
+
 ODD = (2, 3, 5)
 CONFIGURATIONS = {
     "ddim": lambda: step(DDIM),
@@ -149,6 +163,12 @@ CONFIGURATIONS = {
     "hybrid_kl_clamp": lambda: bounded(FP32, kl=True, clamp=1.0),
     "hybrid_fixed": lambda: bounded(learned=False, kl=True),
     "hybrid_odd": lambda: bounded(FP32, shape=ODD),
+    "bound": lambda: lost_codes(),
+    "bound_fp32": lambda: lost_codes(FP32, aux=0.1),
+    "bound_fp64": lambda: lost_codes(FP64),
+    "bound_codes_first": lambda: lost_codes(FP32, codes_first=True),
+    "bound_codes_first_fp64": lambda: lost_codes(FP64, codes_first=True),
+    "bound_on_device": lambda: lost_codes(FP16, on_device=True, mask=True, aux=0.1),
     "diffuse": lambda: drawn("diffuse"),
     "diffuse_fp32": lambda: drawn("diffuse", FP32),
     "diffuse_fp64": lambda: drawn("diffuse", FP64),

@@ -67,6 +67,7 @@ KERNELS = {
     "take_step": f"{MODULE}.scheduler_step",
     "add_up": f"{MODULE}.scheduler_step",
     "draw_codes": f"{MODULE}.discrete",
+    "lose_places": f"{MODULE}.discrete_loss",
     "noise_samples": f"{MODULE}.add_noise",
     **dict.fromkeys(("lose", "lose_samples", "average", "slope_of_loss"), f"{MODULE}.diffusion_loss"),
     **dict.fromkeys(("lose_terms", "lose_hybrid", "slope_of_terms"), f"{MODULE}.hybrid_loss"),
@@ -123,6 +124,7 @@ def count_launches():
         (lambda: mk.vq_diffusion_step(x, codes, rows, 1, noise=KEY), ["draw_codes"]),
         (lambda: mk.unmask_step(x, codes, rows[:, :2], at, mask_id=5, noise=KEY), ["draw_codes"]),
         (lambda: mk.unmask_step(x, codes, rows[:, :2], 0, mask_id=5, noise=(x.exp(), x[..., 0].exp())), ["draw_codes"]),
+        (lambda: mk.vq_diffusion_loss(leaf, codes, codes, rows, 1).loss.backward(), ["lose_places", "lose_places"]),
         (lambda: mk.vq_diffusion_step(x[:, :0], codes[:, :0], rows, 1, noise=KEY), []),
         (
             lambda: mk.hybrid_loss(leaf, m[:, :2], u[:, :2], times, table=LOSSES).loss.sum().backward(),

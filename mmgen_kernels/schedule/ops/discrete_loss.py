@@ -11,6 +11,7 @@ from mmgen_kernels import backends, library
 from mmgen_kernels.checks import check_choice, check_device
 from mmgen_kernels.schedule.ops.checks import FAMILY, check_finite, check_of_samples
 from mmgen_kernels.schedule.ops.discrete import check_codes, check_table, classes_last
+from mmgen_kernels.schedule.ops.steps import launchers
 from mmgen_kernels.schedule.reference import discrete_loss as reference
 from mmgen_kernels.schedule.reference.discrete import ROW, wide_dtype
 
@@ -144,4 +145,5 @@ VQ_DIFFUSION_LOSS = library.define(
     " SymInt step, float? aux_weight, bool classes_first, str reduction) -> Tensor grad_logits",
     backward_reference=reference.vq_diffusion_loss_backward,
     backward_fake=lambda grad_loss, grad_vb, grad_aux, logits, *rest: logits.new_empty(logits.shape),
+    launchers=launchers("vq_diffusion_loss"),
 )

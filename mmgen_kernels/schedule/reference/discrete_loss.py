@@ -42,7 +42,22 @@ def vq_diffusion_loss(
     places = torch.where(looked_at[..., None], places, 0.0)
 
     kl, missed = (torch.where(looked_at, number, 0.0) for number in (kl, of.missed))
-    vb, aux = (sums(number) / valid_places(mask, x_t) for number in (kl, missed))  # (B,)
+    return composed(kl, missed, places, weight, aux_weights, mask, aux_weight, reduction, of.others.dtype)
+
+
+def composed(
+    kl: Tensor,
+    missed: Tensor,
+    places: Tensor,
+    weight: Tensor | None,
+    aux_weights: Tensor | None,
+    mask: Tensor | None,
+    aux_weight: float | None,
+    reduction: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator's results, of each place's divergence and -log p of x0, (B, N) in fp64, 0 where they are not looked at."""
+    vb, aux = (sums(number) / valid_places(mask, kl) for number in (kl, missed))  # (B,)
     share = shares(aux_weights, aux_weight, vb)
     if reduction == "places":
         loss = kl if share is None else kl + share[:, None] * missed
@@ -51,7 +66,6 @@ def vq_diffusion_loss(
         loss = vb if share is None else vb + share * aux
         loss = loss if weight is None else weight.double() * loss
         loss = loss.mean() if reduction == "mean" else loss
-    dtype = of.others.dtype
     return loss.to(dtype), vb.to(dtype), (aux[:0] if share is None else aux).to(dtype), places
 
 
@@ -203,9 +217,9 @@ def shares(aux_weights: Tensor | None, aux_weight: float | None, samples: Tensor
     return None if aux_weight is None else torch.full_like(samples, aux_weight, dtype=torch.float64)
 
 
-def valid_places(mask: Tensor | None, x_t: Tensor) -> Tensor:
+def valid_places(mask: Tensor | None, places: Tensor) -> Tensor:
     """(B,), at least 1."""
-    valid = torch.ones_like(x_t, dtype=torch.bool) if mask is None else mask
+    valid = torch.ones_like(places, dtype=torch.bool) if mask is None else mask
     return sums(valid).clamp(min=1)
 
 

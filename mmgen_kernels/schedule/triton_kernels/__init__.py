@@ -4,6 +4,7 @@ from mmgen_kernels.schedule.reference import add_noise_backward, guidance_backwa
 from mmgen_kernels.schedule.triton_kernels.add_noise import add_noise
 from mmgen_kernels.schedule.triton_kernels.diffusion_loss import diffusion_loss, diffusion_loss_backward
 from mmgen_kernels.schedule.triton_kernels.discrete import unmask_step, vq_diffusion_step
+from mmgen_kernels.schedule.triton_kernels.discrete_loss import vq_diffusion_loss, vq_diffusion_loss_backward
 from mmgen_kernels.schedule.triton_kernels.hybrid_loss import hybrid_loss, hybrid_loss_backward
 from mmgen_kernels.schedule.triton_kernels.scheduler_step import guidance, scheduler_step
 
@@ -19,5 +20,7 @@ __all__ = [
     "scheduler_step",
     "scheduler_step_backward",
     "unmask_step",
+    "vq_diffusion_loss",
+    "vq_diffusion_loss_backward",
     "vq_diffusion_step",
 ]
