@@ -4,10 +4,14 @@ Shapes are B x N x K: samples, positions, codes. Logits are (B, K, N), as VQ-Dif
 Amused's and other transformers do. "ours" draws in registers; "ours, stock's noise" is the scheduler of mk.schedulers, which draws
 the noise that diffusers draws. Wrong are the positions where not the class was drawn that wins in fp64 with the contestant's own
 noise.
+
+"bound" is a training step's share of VQ-Diffusion's loss: forward, and the gradient of the logits. Its script, in
+peers/vq_diffusion_script.py, is the paper's in log space; errors are against it in fp64.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,14 +21,19 @@ from torch import Tensor
 
 from benchmarks.bars import Bar, below, faster
 from benchmarks.harness import Case, Contestant
+from benchmarks.peers.compiled import compile_static
+from benchmarks.peers.vq_diffusion_script import loss as script_loss
+from benchmarks.schedule_losses import judged, step_with
 
 QUIET_SECONDS = 0.0  # everybody here computes on torch's threads: nobody else's spin
 KEEPS_FREED_MEMORY = True  # what a call allocates must not cost what glibc did with the last
 DIFFUSED = {"1x1024x4096": "VQ-Diffusion's ITHQ, half of it masked", "4x256x1024": "a tokenizer of 256 codes, half of them masked"}
 UNMASKED = {"1x1024x4096": "all masked", "4x256x8192": "Amused, 256 px, all masked"}
-QUICK = ("vq/4x256x1024", "unmask/4x256x8192")
+BOUNDED = {"1x1024x4096": "VQ-Diffusion's ITHQ", "4x1024x4096": "VQ-Diffusion's ITHQ, four pictures"}
+QUICK = ("vq/4x256x1024", "unmask/4x256x8192", "bound/1x1024x4096")
 SEED, STEP, STEPS = 2026, 50, 100
 SPEED, MEMORY = 5.0, 0.1
+BOUND_MEMORY, BOUND_TOLERANCE, AUX = 0.2, 1e-3, 5e-4
 
 Make = Callable[..., Callable[[], Any]]
 
@@ -196,7 +205,7 @@ def unmask_case(shape: str, device: torch.device) -> Case:
 
 def case(group: str, shape: str, makes: dict[str, Make], inputs: Callable, judge: Callable, note: str) -> Case:
     B, N, K = sizes(shape)
-    requires = {"diffusers": "diffusers", "compile": "diffusers"}
+    requires = {"diffusers": "diffusers", "compile": "mmgen_kernels" if "script" in makes else "diffusers"}
     contestants = [Contestant(n, make, requires.get(n, "mmgen_kernels"), compiles=n == "compile") for n, make in makes.items()]
     return Case(
         name=f"{group}/{shape}",
@@ -212,13 +221,77 @@ def case(group: str, shape: str, makes: dict[str, Make], inputs: Callable, judge
     )
 
 
+# -- VQ-Diffusion's loss ----------------------------------------------------------------------------------------------
+
+
+def kept_and_masked() -> tuple[Tensor, Tensor]:
+    """What stays falls in a straight line, as VQ-Diffusion has it; of what does not, a tenth is replaced."""
+    kept = torch.linspace(0.99999, 9e-6, STEPS, dtype=torch.float64)
+    return kept, 0.9 * (1 - kept)
+
+
+def our_bound(codes_last: bool = False) -> Make:
+    def make(logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Callable[[], Any]:
+        import mmgen_kernels as mk
+
+        kept, masked = kept_and_masked()
+        table = mk.transition_table(kept, logits.shape[1], gammas_cumprod=masked).to(logits.device)
+        given, dim = (logits.mT.contiguous(), -1) if codes_last else (logits, 1)
+        step = step_with(lambda z: mk.vq_diffusion_loss(z, x0, x_t, table, t, aux_weight=AUX, dim=dim).loss, given)
+
+        def call() -> tuple[Tensor, Tensor]:
+            loss, slope = step()
+            return loss, slope.mT if codes_last else slope
+
+        return call
+
+    return make
+
+
+def script_bound(compiles: bool = False, precise: bool = False) -> Make:
+    def make(logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Callable[[], Any]:
+        import mmgen_kernels as mk
+
+        kept, masked = kept_and_masked()
+        dtype = torch.float64 if precise else torch.float32
+        rows = mk.transition_table(kept, logits.shape[1], gammas_cumprod=masked)[t.cpu()].to(logits.device, dtype)  # (B, 9)
+        of = compile_static(script_loss, logits.device) if compiles else script_loss
+        return step_with(lambda z: of(z, x0, x_t, rows, AUX), logits.to(dtype))
+
+    return make
+
+
+def bound_case(shape: str, device: torch.device) -> Case:
+    B, N, K = sizes(shape)
+
+    def inputs(tiny: bool) -> dict[str, tuple]:
+        generator = torch.Generator().manual_seed(0)
+        n = 8 if tiny else N
+        logits = 2 * torch.randn(B, K, n, generator=generator)
+        x0, x_t = (torch.randint(0, K, (B, n), generator=generator) for _ in range(2))
+        x_t[:, ::2], x_t[:, 1::4] = K, x0[:, 1::4]  # half of it masked, a quarter as it was, a quarter replaced
+        t = torch.tensor([50, 20, 80, 0])[:B]
+        return {"data": tuple(tensor.to(device) for tensor in (logits, x0, x_t, t))}
+
+    makes = {
+        "ours": our_bound(),
+        "ours, codes last": our_bound(codes_last=True),
+        "script": script_bound(),
+        "compile": script_bound(compiles=True),
+    }
+    judge = judged(lambda *given: script_bound(precise=True)(*given)())
+    found = case("bound", shape, makes, inputs, judge, BOUNDED[shape])
+    return dataclasses.replace(found, flops=60.0 * B * N * K, bytes=12.0 * B * N * K, tolerance=BOUND_TOLERANCE)  # logits twice
+
+
 def cases(device: torch.device) -> list[Case]:
-    return [*map(partial(vq_case, device=device), DIFFUSED), *map(partial(unmask_case, device=device), UNMASKED)]
+    drawn = [*map(partial(vq_case, device=device), DIFFUSED), *map(partial(unmask_case, device=device), UNMASKED)]
+    return drawn + [bound_case(shape, device) for shape in BOUNDED]
 
 
-def memory_share(results: dict[str, dict], name: str, who: str) -> float | None:
+def memory_share(results: dict[str, dict], name: str, who: str, rival: str = "diffusers") -> float | None:
     contestants = results.get(name, {}).get("contestants", {})
-    ours, stock = (contestants.get(each, {}).get("extra_bytes") for each in (who, "diffusers"))
+    ours, stock = (contestants.get(each, {}).get("extra_bytes") for each in (who, rival))
     return None if ours is None or not stock else ours / stock
 
 
@@ -232,4 +305,10 @@ def bars(results: dict[str, dict]) -> list[Bar]:
             found.append(below(f"{name}: memory of {who} over diffusers'", memory_share(results, name, who), MEMORY))
     for shape in UNMASKED:
         found += [faster(results, f"unmask/{shape}", "ours", rival, 1.0) for rival in ("diffusers", "compile")]
+    for shape in BOUNDED:
+        name = f"bound/{shape}"
+        for who in ("ours", "ours, codes last"):
+            found += [faster(results, name, who, "script", SPEED), faster(results, name, who, "compile", 1.0)]
+            share = memory_share(results, name, who, "script")
+            found.append(below(f"{name}: memory of {who} over the script's", share, BOUND_MEMORY))
     return found

@@ -50,6 +50,12 @@ def test_diffusion_loss(benchmark, latents):
     benchmark(mk.diffusion_loss, *latents, weight=torch.rand(8), kind="pseudo_huber", delta=0.1)
 
 
+def test_vq_diffusion_loss(benchmark, codes):
+    logits, x = codes
+    table, leaf = mk.transition_table(torch.linspace(0.99, 0.01, 100), 4096), logits.clone().requires_grad_()
+    benchmark(lambda: mk.vq_diffusion_loss(leaf, x.clamp(max=4095), x, table, 50).loss.backward())
+
+
 def test_hybrid_loss(benchmark, latents):
     output = torch.cat(latents, 1)
     table = mk.hybrid_table(torch.linspace(1e-4, 0.02, 1000))

@@ -128,7 +128,8 @@ struct Problem {
     const int64_t B = this->logits.samples;
     if (this->logits.classes < 1) refuse("logits must have a class at least");
     if (mask) {
-      if (mask->scalar_type() != ScalarType::Bool || mask->numel() != B * this->logits.positions) refuse("mask must be bool (B, N)");
+      const bool fits = mask->scalar_type() == ScalarType::Bool && mask->numel() == B * this->logits.positions;
+      if (!fits) refuse("mask must be bool (B, N)");
       valid = static_cast<const bool*>(this->mask.const_data_ptr());
     }
     if (weight) weights.emplace(*weight, B, "weight");
@@ -305,20 +306,21 @@ Tensor run_backward(const Problem<Real>& p, const Optional& grad_loss, const Opt
 }  // namespace discrete
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> vq_diffusion_loss_cpu(
-    const Tensor& logits, const Tensor& x0, const Tensor& x_t, const Tensor& transitions, const Optional& index, const Optional& weight,
-    const Optional& aux_weights, const Optional& mask, int64_t step, std::optional<double> aux_weight, bool classes_first,
-    std::string reduction) {
+    const Tensor& logits, const Tensor& x0, const Tensor& x_t, const Tensor& transitions, const Optional& index,
+    const Optional& weight, const Optional& aux_weights, const Optional& mask, int64_t step, std::optional<double> aux_weight,
+    bool classes_first, std::string reduction) {
   const auto of = [&]<class Real>(Real) {
-    return run(discrete::Problem<Real>(logits, x0, x_t, transitions, index, weight, aux_weights, mask, step, aux_weight, classes_first,
-                                       reduction));
+    return run(discrete::Problem<Real>(logits, x0, x_t, transitions, index, weight, aux_weights, mask, step, aux_weight,
+                                       classes_first, reduction));
   };
   return is_double(logits) ? of(double()) : of(float());
 }
 
-Tensor vq_diffusion_loss_backward_cpu(const Optional& grad_loss, const Optional& grad_vb, const Optional& grad_aux, const Tensor& logits,
-                                      const Tensor& x0, const Tensor& x_t, const Tensor& transitions, const Optional& index,
-                                      const Optional& weight, const Optional& aux_weights, const Optional& mask, const Tensor& places,
-                                      int64_t step, std::optional<double> aux_weight, bool classes_first, std::string reduction) {
+Tensor vq_diffusion_loss_backward_cpu(
+    const Optional& grad_loss, const Optional& grad_vb, const Optional& grad_aux, const Tensor& logits, const Tensor& x0,
+    const Tensor& x_t, const Tensor& transitions, const Optional& index, const Optional& weight, const Optional& aux_weights,
+    const Optional& mask, const Tensor& places, int64_t step, std::optional<double> aux_weight, bool classes_first,
+    std::string reduction) {
   const auto of = [&]<class Real>(Real) {
     const discrete::Problem<Real> problem(logits, x0, x_t, transitions, index, weight, aux_weights, mask, step, aux_weight,
                                           classes_first, reduction);
