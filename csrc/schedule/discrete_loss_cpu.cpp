@@ -212,9 +212,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Problem<Real>& p) {
   p.each(wanted, use, [](int64_t, int64_t, int64_t, const Real*) {});
 
   const bool by_place = p.reduction == Reduction::places, mean = p.reduction == Reduction::mean;
-  Tensor losses = empty(p.tensor, mean ? std::vector<int64_t>{} : by_place ? std::vector<int64_t>{B, N} : std::vector<int64_t>{B},
-                        type_of<Real>);
-  Tensor vb = empty(p.tensor, {B}, type_of<Real>), aux = empty(p.tensor, {p.auxiliary() ? B : 0}, type_of<Real>);
+  const int64_t sizes[] = {B, N}, of_aux = p.auxiliary() ? B : 0;
+  const NumbersOf losses(p.tensor, {sizes, size_t(mean ? 0 : by_place ? 2 : 1)}, type_of<Real>);
+  const NumbersOf vb(p.tensor, {sizes, 1}, type_of<Real>), aux(p.tensor, {&of_aux, 1}, type_of<Real>);
   double of_batch = 0;
   for (int64_t b = 0; b < B; ++b) {
     const double count = p.counted(b), share = p.share(b), weight = p.weight(b);
@@ -222,17 +222,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Problem<Real>& p) {
     for (int64_t at = b * N; at < (b + 1) * N; ++at) {
       const double each = kl[static_cast<size_t>(at)], lost = missed[static_cast<size_t>(at)];
       of_kl += each, of_missed += lost;
-      if (by_place) put_number(losses, at, weight * (p.auxiliary() ? each + share * lost : each));
+      if (by_place) losses.put(at, weight * (p.auxiliary() ? each + share * lost : each));
     }
     of_kl /= count, of_missed /= count;
     const double loss = weight * (p.auxiliary() ? of_kl + share * of_missed : of_kl);
     of_batch += loss;
-    if (p.reduction == Reduction::none) put_number(losses, b, loss);
-    put_number(vb, b, of_kl);
-    if (p.auxiliary()) put_number(aux, b, of_missed);
+    if (p.reduction == Reduction::none) losses.put(b, loss);
+    vb.put(b, of_kl);
+    if (p.auxiliary()) aux.put(b, of_missed);
   }
-  if (mean) put_number(losses, 0, of_batch / static_cast<double>(B));  // of no samples NaN
-  return {losses, vb, aux, places};
+  if (mean) losses.put(0, of_batch / static_cast<double>(B));  // of no samples NaN
+  return {losses.tensor, vb.tensor, aux.tensor, places};
 }
 
 // The gradients by the divergence and by -log p of x0, of a place.
