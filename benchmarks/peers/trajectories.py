@@ -56,10 +56,12 @@ class Losses:
     """Of runs of every length, each with a start of its own."""
 
     def __init__(self, sampler: Sampler, dtype: torch.dtype, device: torch.device):
-        generator = torch.Generator().manual_seed(0)
-        self.runs = [
-            (replace(sampler, steps=n), torch.randn(SHAPE, generator=generator).to(device, dtype)) for n in lengths(sampler)
-        ]
+        self.sampler, self.dtype, self.device = sampler, dtype, device
+
+    @functools.cached_property
+    def runs(self) -> list[tuple[Sampler, Tensor]]:
+        generator, place = torch.Generator().manual_seed(0), (self.device, self.dtype)
+        return [(replace(self.sampler, steps=n), torch.randn(SHAPE, generator=generator).to(*place)) for n in lengths(self.sampler)]
 
     @functools.cached_property
     def truths(self) -> list[Tensor]:
