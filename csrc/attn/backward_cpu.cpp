@@ -244,11 +244,13 @@ struct Gradients {
   }
   void operator()(const Tokens& of_q, const Tokens& of_k, const Tokens& of_v, const Optional& bias, const std::vector<Piece>& pieces,
                   bool causal, double scale, const Upstream& up) const {
-    const auto problem = [&]<class Real>(Real) { return Problem<Real>(of_q, of_k, of_v, bias, pieces, causal, scale); };
-    if (of_q.bytes == 8) fill<Backward<double>, LogitGradients<double>>(problem(double()), up);
-    else if (on_tiles(of_q) && on_tiles(up.grad_out) && on_tiles(up.out))
-      fill<TiledBackward, TiledLogitGradients>(problem(float()), up);
-    else fill<Backward<float>, LogitGradients<float>>(problem(float()), up);
+    const auto problem = [&]<class Real>(Real, const auto& pieces) {
+      return Problem<Real>(of_q, of_k, of_v, bias, pieces, causal, scale);
+    };
+    if (of_q.bytes == 8) return fill<Backward<double>, LogitGradients<double>>(problem(double(), pieces), up);
+    const auto [many, few] = suited_to_tiles(on_tiles(of_q) && on_tiles(up.grad_out) && on_tiles(up.out), pieces);
+    if (!many.empty()) fill<TiledBackward, TiledLogitGradients>(problem(float(), many), up);
+    if (!few.empty() || pieces.empty()) fill<Backward<float>, LogitGradients<float>>(problem(float(), few), up);
   }
 };
 

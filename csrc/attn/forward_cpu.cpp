@@ -106,9 +106,13 @@ void forward(const Problem<Real>& p, const Tokens& out, const Tensor& lse) {
 Tensor forward(const Tokens& q, const Tokens& k, const Tokens& v, const Optional& bias, const std::vector<Piece>& pieces, bool causal,
                double scale, const Tokens& out) {
   const Tensor lse = empty(q.first.tensor, {q.samples, q.heads, q.length}, q.bytes == 2 ? ScalarType::Float : ScalarType::Double);
-  if (q.bytes == 8) forward<Forward<double>>(Problem<double>(q, k, v, bias, pieces, causal, scale), out, lse);
-  else if (on_tiles(q)) forward<TiledForward>(Problem<float>(q, k, v, bias, pieces, causal, scale), out, lse);
-  else forward<Forward<float>>(Problem<float>(q, k, v, bias, pieces, causal, scale), out, lse);
+  if (q.bytes == 8) {
+    forward<Forward<double>>(Problem<double>(q, k, v, bias, pieces, causal, scale), out, lse);
+    return lse;
+  }
+  const auto [many, few] = suited_to_tiles(on_tiles(q), pieces);
+  if (!many.empty()) forward<TiledForward>(Problem<float>(q, k, v, bias, many, causal, scale), out, lse);
+  if (!few.empty()) forward<Forward<float>>(Problem<float>(q, k, v, bias, few, causal, scale), out, lse);
   return lse;
 }
 

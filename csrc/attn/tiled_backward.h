@@ -58,7 +58,7 @@ struct TiledBlock {
   void multiply(const Problem<float>& p, const TileKernels& kernels, const Area& area, const TiledQueries& of, int64_t i) {
     const auto product = [&](const Tiles& keys, const Tiles& queries, Buffer<float>& to) {
       const Operand right{queries.data() + i / tile_side * channels.steps * tile_bytes, channels.steps, 1};
-      kernels.multiply(tiles_of(area.keys, tile_side), tiles_of(area.rows, tile_side), channels.steps,
+      kernels.multiply(tiles_of(area.keys, tile_side), tiles_of(area.rows, tile_side), p.dim,
                        {keys.data(), channels.steps, 1}, right, LogitBlock::sums(to), false);
     };
     product(k, of.q, logits.logits);
@@ -119,13 +119,13 @@ class TiledBackward {
       const auto add = [&](const Tiles& left, const Tiles& pairs, Tiles& sum) {
         const Operand right{pairs.data() + t / tile_queries * channels.tiles * tile_bytes, 1, channels.tiles};
         const Sums to{sum.data() + j / tile_side * channels.tiles * tile_bytes, channels.tiles, 1};
-        kernels.multiply(tiles_of(seen, tile_side), channels.tiles, of_queries, {left.data(), query_steps, 1}, right, to, true);
+        kernels.multiply(tiles_of(seen, tile_side), channels.tiles, rows, {left.data(), query_steps, 1}, right, to, true);
       };
       add(weights, pairs_grad, sum_v);
       add(gradients, pairs_q, sum_k);
       const Operand of_keys{columns.data(), 1, channels.tiles}, right{gradients_of_queries.data(), 1, 2 * query_steps};
       const Sums to{sum_q.data() + t / tile_side * channels.tiles * tile_bytes, 1, channels.tiles};
-      kernels.multiply(channels.tiles, tiles_of(rows, tile_side), steps, of_keys, right, to, j > 0);
+      kernels.multiply(channels.tiles, tiles_of(rows, tile_side), seen, of_keys, right, to, j > 0);
     }
   }
 

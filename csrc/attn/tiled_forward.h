@@ -44,7 +44,7 @@ class TiledForward {
   void add(int64_t first, const Area& area) {
     const int64_t query_tiles = tiles_of(area.rows, tile_side), steps = tiles_of(area.keys, tile_step);
     const Operand of_q{queries.data() + first / tile_side * channels.steps * tile_bytes, channels.steps, 1};
-    kernels.multiply(tiles_of(area.keys, tile_side), query_tiles, channels.steps, {keys.data(), channels.steps, 1}, of_q,
+    kernels.multiply(tiles_of(area.keys, tile_side), query_tiles, p.dim, {keys.data(), channels.steps, 1}, of_q,
                      LogitBlock::sums(block.logits), false);
     block.finish(p, kernels, area, query_tiles);
     const bool changed = kernels.soften(block.logits.data(), steps, query_tiles, block.highest, maximum.data() + first,
@@ -53,7 +53,7 @@ class TiledForward {
     if (area.j > 0 && changed)
       kernels.rescale(reinterpret_cast<float*>(to), channels.tiles, query_tiles, factor.data() + first);
     const Operand of_v{values.data(), 1, channels.tiles}, weights{reinterpret_cast<std::byte*>(block.logits.data()), 1, 4};
-    kernels.multiply(channels.tiles, query_tiles, steps, of_v, weights, {to, 1, channels.tiles}, area.j > 0);
+    kernels.multiply(channels.tiles, query_tiles, area.keys, of_v, weights, {to, 1, channels.tiles}, area.j > 0);
   }
 
   void write(const Item& item) {

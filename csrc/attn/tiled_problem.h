@@ -18,9 +18,17 @@ struct TiledChannels {
   explicit TiledChannels(int64_t dim) : steps(tiles_of(dim, tile_step)), tiles(tiles_of(dim, tile_side)) {}
 };
 
-// AMX has no product of fp16. Widened to fp32 it takes 0.94 to 1.1 of the time of torch's kernel forward and 0.35 to 0.75 with the
-// backward; so does bf16 with AVX-512 where torch, too, is kept from AMX (one Xeon, 128 to 1024 tokens).
+// Neither AMX nor AVX-512 has a product of fp16. Widened to fp32 it takes 0.94 to 1.1 of the time of torch's kernel forward and
+// 0.35 to 0.75 with the backward (one Xeon, 128 to 1024 tokens).
 inline bool on_tiles(const Tokens& q) { return q.dtype == static_cast<int>(Float::bf16) && tile_kernels_of(selected()); }
+
+// Pieces that go on tiles, and those that do not. Each goes by its own queries, so that its bits do not depend on the others.
+inline std::pair<std::vector<Piece>, std::vector<Piece>> suited_to_tiles(bool on_tiles, const std::vector<Piece>& pieces) {
+  std::pair<std::vector<Piece>, std::vector<Piece>> parts;
+  for (const Piece& piece : pieces)
+    (on_tiles && piece.queries >= tile_kernels_of(selected())->fewest_queries ? parts.first : parts.second).push_back(piece);
+  return parts;
+}
 
 // Of a thread, while it has work on tiles.
 class TileSession {

@@ -58,6 +58,8 @@ struct NarrowBlock {
 
 // Blocks of logits and of their gradients are tiles [key / 16][2 of queries], `steps` times 32 keys.
 struct TileKernels {
+  int64_t fewest_queries;  // of a head, for which packing its keys pays; fewer are widened to fp32
+
   // Between these two the thread's tiles are configured; `before` (64 bytes) is what other users find again.
   void (*enter)(std::byte* before);
   void (*leave)(const std::byte* before);
@@ -69,8 +71,8 @@ struct TileKernels {
   void (*pack_pairs)(const Rows& from, int64_t padded, std::byte* to);
   void (*pack_pairs_transposed)(const Rows& from, int64_t padded, std::byte* to);
 
-  // c = or += a b, in tiles
-  void (*multiply)(int64_t rows, int64_t columns, int64_t steps, const Operand& a, const Operand& b, const Sums& c, bool add);
+  // c = or += a b, rows and columns counted in tiles, `depth` in the numbers that are summed
+  void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const Operand& a, const Operand& b, const Sums& c, bool add);
 
   // sums -> logits; highest = the largest of each query
   void (*logits)(float* block, int64_t steps, int64_t query_tiles, const LogitTerms& terms, float* highest);
@@ -95,13 +97,14 @@ struct TileKernels {
 };
 
 #if defined(__x86_64__)
-extern const TileKernels amx_kernels;
+extern const TileKernels amx_kernels, avx512_bf16_kernels;
 #endif
 
 // null where there are none
 inline const TileKernels* tile_kernels_of(InstructionSet set) {
 #if defined(__x86_64__)
   if (set == InstructionSet::amx) return &amx_kernels;
+  if (set >= InstructionSet::avx512_bf16) return &avx512_bf16_kernels;
 #endif
   return nullptr;
 }

@@ -42,9 +42,11 @@ bool supported(InstructionSet set) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case InstructionSet::avx512_vnni:
       return __builtin_cpu_supports("avx512vnni") && supported(InstructionSet::avx512);
+    case InstructionSet::avx512_bf16:
+      return __builtin_cpu_supports("avx512bf16") && supported(InstructionSet::avx512_vnni);
     case InstructionSet::amx: {
       static const bool permitted = amx_permitted();
-      return permitted && __builtin_cpu_supports("avx512bf16") && supported(InstructionSet::avx512_vnni);
+      return permitted && supported(InstructionSet::avx512_bf16);
     }
   }
 #endif
@@ -66,8 +68,8 @@ bool selected_by_name() {
 }
 
 InstructionSet selected() {
-  constexpr InstructionSet best_first[] = {InstructionSet::amx, InstructionSet::avx512_vnni, InstructionSet::avx512,
-                                           InstructionSet::avx2, InstructionSet::scalar};
+  constexpr InstructionSet best_first[] = {InstructionSet::amx,    InstructionSet::avx512_bf16, InstructionSet::avx512_vnni,
+                                           InstructionSet::avx512, InstructionSet::avx2,        InstructionSet::scalar};
   if (selected_by_name()) {
     const std::string wanted = std::getenv("MMGEN_KERNELS_CPU");
     for (InstructionSet set : all_instruction_sets) {
@@ -83,15 +85,6 @@ InstructionSet selected() {
     return InstructionSet::scalar;
   }();
   return best;
-}
-
-bool rounds_to_bf16(InstructionSet set) {
-#if defined(__x86_64__)
-  const bool asked_for = set == InstructionSet::amx || (set >= InstructionSet::avx512 && !selected_by_name());
-  return asked_for && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
 }
 
 }  // namespace mmgen_kernels

@@ -5,14 +5,16 @@
 
 namespace mmgen_kernels {
 
-// scalar_bf16 and scalar_int16 are in plain C++ what amx and avx512_vnni do, for tests: never chosen unless named.
-enum class InstructionSet { scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni, amx };
+// Each has what those before it have, from avx2 on: no processor brings AVX512-BF16 without VNNI, or AMX without either.
+// scalar_bf16 and scalar_int16 are in plain C++ what lookups do on amx and avx512_vnni, for tests: never chosen unless named.
+enum class InstructionSet { scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 constexpr InstructionSet all_instruction_sets[] = {
     InstructionSet::scalar, InstructionSet::scalar_bf16, InstructionSet::scalar_int16, InstructionSet::avx2,
-    InstructionSet::avx512, InstructionSet::avx512_vnni, InstructionSet::amx};
+    InstructionSet::avx512, InstructionSet::avx512_vnni, InstructionSet::avx512_bf16, InstructionSet::amx};
 
 inline const char* name(InstructionSet set) {
-  constexpr const char* names[] = {"scalar", "scalar_bf16", "scalar_int16", "avx2", "avx512", "avx512_vnni", "amx"};
+  constexpr const char* names[] = {"scalar", "scalar_bf16", "scalar_int16", "avx2",
+                                   "avx512", "avx512_vnni", "avx512_bf16", "amx"};
   return names[static_cast<int>(set)];
 }
 
@@ -28,9 +30,5 @@ InstructionSet selected();
 
 // Whether MMGEN_KERNELS_CPU chose it.
 bool selected_by_name();
-
-// Whether the instruction that rounds to bf16 is used. AVX512-BF16 comes with AMX, and on some processors without it; who asks for
-// another set by name gets that.
-bool rounds_to_bf16(InstructionSet set);
 
 }  // namespace mmgen_kernels

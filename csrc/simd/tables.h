@@ -7,14 +7,12 @@
 
 namespace mmgen_kernels {
 
-// The table that serves `set`; what goes beyond AVX-512 takes AVX-512's. Tables are template arguments so that those of another
+// The table that serves `set`; what goes beyond a set that there is a table for takes that one. Tables are template arguments so that those of another
 // architecture, which are declared and compiled nowhere, are not linked with.
 template <const auto& scalar, const auto& avx2, const auto& avx512, const auto& avx512_bf16 = avx512>
 const auto& table_of(InstructionSet set) {
 #if defined(__x86_64__)
-  if constexpr (&avx512_bf16 != &avx512) {
-    if (rounds_to_bf16(set)) return avx512_bf16;
-  }
+  if (set >= InstructionSet::avx512_bf16) return avx512_bf16;
   if (set >= InstructionSet::avx512) return avx512;
   if (set == InstructionSet::avx2) return avx2;
 #endif

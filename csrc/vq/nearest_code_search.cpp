@@ -31,6 +31,7 @@ const Kernels& kernels_of(InstructionSet set) {
 #if defined(__x86_64__)
     case InstructionSet::amx:
       return amx_kernels;
+    case InstructionSet::avx512_bf16:  // sums in 32-bit integers are exact, and as fast
     case InstructionSet::avx512_vnni:
       return avx512_vnni_kernels;
     case InstructionSet::avx512:
@@ -49,8 +50,7 @@ const Kernels& kernels_of(InstructionSet set) {
 
 // What takes the rows for which a coarse pass decides too little.
 InstructionSet next_after(InstructionSet set) {
-  const bool avx512 = set == InstructionSet::amx || set == InstructionSet::avx512_vnni;
-  return avx512 ? InstructionSet::avx512 : InstructionSet::scalar;
+  return set >= InstructionSet::avx512_vnni ? InstructionSet::avx512 : InstructionSet::scalar;
 }
 
 // Of a pass in 16-bit integers, in scaled units: room for rows of norm 8 and codes of 8 where the codes' root mean square is in
@@ -262,7 +262,7 @@ bool Lookup::pass(const std::vector<int64_t>& rows) {
 //   8192x8192x10    fp32 10.5  VNNI 8.3   AMX 7.4       4096x8192x256  fp32 114  VNNI 65   AMX 52
 InstructionSet suited_to(const Rows& x, const Rows& codebook, bool exact) {
   const InstructionSet set = selected();
-  if (selected_by_name() || (set != InstructionSet::amx && set != InstructionSet::avx512_vnni)) return set;
+  if (selected_by_name() || set < InstructionSet::avx512_vnni) return set;
   const int64_t dim = codebook.dim;
   // An index that is not exact must not depend on how many rows there are.
   const bool packing_pays = codebook.count * dim >= 32 * 1024 && (!exact || x.count >= 1024 || dim >= 12);

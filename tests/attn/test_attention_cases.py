@@ -23,6 +23,6 @@ def test_case(case, dtypes, implementation):
 
 
 @pytest.mark.skipif(not OPERATORS["attention"].has_cpp, reason="the C++ part is not built")
-@pytest.mark.parametrize("instruction_set", ("scalar", "avx2", "avx512", "amx"))
+@pytest.mark.parametrize("instruction_set", ("scalar", "avx2", "avx512", "avx512_bf16", "amx"))
 def test_instruction_sets(instruction_set, monkeypatch):
     battery_cases.check_on(instruction_set, "attn", monkeypatch)

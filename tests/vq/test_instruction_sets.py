@@ -14,7 +14,7 @@ from mmgen_kernels.vq import ops, reference
 
 probe = pytest.importorskip("mmgen_kernels._probe", reason="built with MMGEN_KERNELS_PROBE=1")
 SETS = probe.instruction_sets()
-COARSE = ("scalar_bf16", "scalar_int16", "avx512_vnni", "amx")
+COARSE = ("scalar_bf16", "scalar_int16", "avx512_vnni", "avx512_bf16", "amx")
 
 
 def lookup(x, codebook, metric, instruction_set, exact=True):
@@ -202,13 +202,13 @@ def test_named_by_the_environment(instruction_set):
 def test_unknown_name_in_the_environment():
     done = run("import torch, mmgen_kernels as mk; mk.nearest_code(torch.ones(1, 1), torch.ones(1, 1))", MMGEN_KERNELS_CPU="avx9")
     assert done.returncode == 1
-    allowed = "scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni or amx"
+    allowed = "scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni, avx512_bf16 or amx"
     assert f"MMGEN_KERNELS_CPU must be {allowed}, got 'avx9'" in done.stderr.strip().splitlines()[-1]
 
 
 def test_unknown_names_of_the_probe():
     x = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni or amx, got 'sse'"):
+    with pytest.raises(ValueError, match="scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni, avx512_bf16 or amx, got 'sse'"):
         lookup(x, x, "l2", "sse")
     assert probe.selected() in SETS
 

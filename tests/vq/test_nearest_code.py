@@ -33,7 +33,7 @@ IMPLEMENTATIONS = battery.implementations("nearest_code", torch.device("cpu"))
 # The C++ path once more with a coarse first pass, which small codebooks do not get by themselves.
 COARSE = [
     name
-    for name in ("scalar_bf16", "scalar_int16", "avx512_vnni", "amx")
+    for name in ("scalar_bf16", "scalar_int16", "avx512_vnni", "avx512_bf16", "amx")
     if "cpp" in IMPLEMENTATIONS and name in instruction_sets()
 ]
 
