@@ -199,16 +199,18 @@ def test_named_by_the_environment(instruction_set):
     assert done.stdout.strip() == f"{instruction_set} {truth}"
 
 
+NAMES = "scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni, avx512_bf16 or amx"
+
+
 def test_unknown_name_in_the_environment():
     done = run("import torch, mmgen_kernels as mk; mk.nearest_code(torch.ones(1, 1), torch.ones(1, 1))", MMGEN_KERNELS_CPU="avx9")
     assert done.returncode == 1
-    allowed = "scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni, avx512_bf16 or amx"
-    assert f"MMGEN_KERNELS_CPU must be {allowed}, got 'avx9'" in done.stderr.strip().splitlines()[-1]
+    assert f"MMGEN_KERNELS_CPU must be {NAMES}, got 'avx9'" in done.stderr.strip().splitlines()[-1]
 
 
 def test_unknown_names_of_the_probe():
     x = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="scalar, scalar_bf16, scalar_int16, avx2, avx512, avx512_vnni, avx512_bf16 or amx, got 'sse'"):
+    with pytest.raises(ValueError, match=f"{NAMES}, got 'sse'"):
         lookup(x, x, "l2", "sse")
     assert probe.selected() in SETS
 
