@@ -28,7 +28,7 @@ BITS = 1 / math.log(2)  # in a nat
 
 @dataclass(frozen=True)
 class CodeTrainingConfig(TrainingConfig):
-    steps: int = 1000
+    steps: int = 1500
     batch_size: int = 8
     learning_rate: float = 2e-3
     warmup_steps: int = 50
