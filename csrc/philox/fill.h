@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "philox/kernels.h"
 #include "philox/sinks.h"
 
 namespace mmgen_kernels::philox {

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <numbers>
 
+#include "floats.h"
 #include "philox.h"
-#include "philox/kernels.h"
 
 namespace mmgen_kernels::philox {
 namespace {  // internal linkage: compiled once per instruction set

@@ -87,12 +87,12 @@ def bound_of(a, b, c, A, B, C, K, hidden, apart, p0, p_t, ordinary, most):
 
 @triton.jit(do_not_specialize=INTEGERS)
 def lose_places(
-    logits, x0s, x_ts, mask, numbers, table, index, by_kl, by_missed, found, grad, positions, classes, pieces, by_sample,
+    logits, x0s, x_ts, mask, numbers, table, index, kls, misses, found, grad, positions, classes, pieces, by_sample,
     by_position, by_class, step, steps, g_sample, g_position, g_class,
     AUXILIARY: tl.constexpr, DERIVES: tl.constexpr, STEP_PER_SAMPLE: tl.constexpr, SIDE_BY_SIDE: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """Leaves the divergences in `by_kl`, -log p of x0 in `by_missed`; or, with the gradients by those, DERIVES the logits'."""
+    """Leaves the divergences in `kls`, -log p of x0 in `misses`; or, with the gradients by those there, DERIVES the logits'."""
     program = tl.program_id(0).to(tl.int64)
     sample = program // pieces
     by_sample = multiple_of_8(by_sample, ALIGNED)
@@ -117,8 +117,8 @@ def lose_places(
     apart = x_t != x0
     settled = (hidden & (c <= 0.0) & (C > 0.0)) | ((hidden == 0) & (b <= 0.0)) | (A + B <= 0.0)
     if DERIVES:
-        of_kl = tl.load(by_kl + spot, mask=valid, other=0.0)
-        of_missed = tl.load(by_missed + spot, mask=valid, other=0.0)
+        of_kl = tl.load(kls + spot, mask=valid, other=0.0)
+        of_missed = tl.load(misses + spot, mask=valid, other=0.0)
         wanted = valid & ((of_missed != 0.0) | ((of_kl != 0.0) & (settled == 0)))
     else:
         wanted = valid & (settled == 0)
@@ -193,8 +193,8 @@ def lose_places(
         count = K - 1.0 - apart.to(tl.float64)
         of_others = tl.where(has_even, q_o * (count * tl.log(base) + logarithms), 0.0)
         kl = q0 * tl.where(has_even, -tl.log(ratio0), missed) - q_t * tl.log(ratio_t) - of_others
-        tl.store(by_kl + spot, tl.where(wanted & (settled == 0), kl, 0.0), mask=valid)
-        tl.store(by_missed + spot, tl.where(wanted, missed, 0.0), mask=valid)
+        tl.store(kls + spot, tl.where(wanted & (settled == 0), kl, 0.0), mask=valid)
+        tl.store(misses + spot, tl.where(wanted, missed, 0.0), mask=valid)
         tl.store(found + spot * 3, tl.where(wanted, largest.to(tl.float64), 0.0), mask=valid)
         tl.store(found + spot * 3 + 1, tl.where(wanted, ordinary_sum, 0.0), mask=valid)
         tl.store(found + spot * 3 + 2, tl.where(wanted & (settled == 0), turned / total, 0.0), mask=valid)
