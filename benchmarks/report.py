@@ -38,6 +38,9 @@ OVERVIEW = {
     "diffusion.p_sample": "a step of p_sample",
     "schedule_losses.hybrid": "a learned variance's loss, forward and backward",
     "schedule_losses.loss": "a weighted loss, forward and backward",
+    "schedule_discrete.vq": "a step of discrete diffusion",
+    "schedule_discrete.unmask": "a step of masked generation",
+    "schedule_discrete.bound": "discrete diffusion's loss, forward and backward",
     "philox.normal": "normal random numbers",
 }
 NOT_RIVALS = ("clone",)  # a limit: it moves the same bytes and computes nothing

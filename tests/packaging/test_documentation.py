@@ -38,7 +38,7 @@ def test_every_task_is_explained(root):
     assert declared == set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE))
 
 
-@pytest.mark.parametrize("table", ("overhead", "codes", "tokenizers"))
+@pytest.mark.parametrize("table", ("overhead", "codes", "tokenizers", "step_profile"))
 def test_a_table_is_that_of_the_results(table, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [table, "--check"])
     assert importlib.import_module(f"benchmarks.{table}").main() == 0, capsys.readouterr().err
