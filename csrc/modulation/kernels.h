@@ -65,6 +65,20 @@ struct Loops {
   }
 
   template <class T>
+  ALWAYS_INLINE static void ask_for(const void* row, int64_t d) {
+    __builtin_prefetch(static_cast<const T*>(row) + d);
+  }
+
+  template <class T, bool ONE_PLUS>
+  static void widen_ahead(const void* row, int64_t dim, Real* out, const void* next) {
+    sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto) ALWAYS_INLINE {
+      ask_for<T>(next, d);
+      const Vec v = load(place, static_cast<const T*>(row) + d);
+      store(place, out + d, ONE_PLUS ? v + 1 : v);
+    });
+  }
+
+  template <class T>
   static void narrow(const Real* row, int64_t dim, void* out) {
     sweep<Lanes>(dim, [&](const auto& place, int64_t d, auto) ALWAYS_INLINE {
       store(place, static_cast<T*>(out) + d, load(place, row + d));
@@ -157,11 +171,6 @@ struct Loops {
       const Vec normed = Lanes::fmadd(load(place, row + d) - about, slope, below);
       store(place, static_cast<T*>(out) + d, Lanes::fmadd(normed, load(place, factor + d), load(place, offset + d)));
     });
-  }
-
-  template <class T>
-  ALWAYS_INLINE static void ask_for(const void* row, int64_t d) {
-    __builtin_prefetch(static_cast<const T*>(row) + d);
   }
 
   template <class T>
@@ -284,6 +293,8 @@ constexpr Kernels<typename Lanes::Real> kernels() {
   using Of = Loops<Lanes>;
   using Real = typename Lanes::Real;
   return {.widen = BY_DTYPE(widen),
+          .widen_vector = BY_DTYPE(widen_ahead, false),
+          .widen_one_plus = BY_DTYPE(widen_ahead, true),
           .narrow = BY_DTYPE(narrow),
           .add = Of::add,
           .combine = Of::combine,

@@ -19,6 +19,9 @@ enum class GateFn { identity, tanh, sigmoid_one_minus };
 template <class Real>
 struct Kernels {
   double (*widen[4])(const void* row, int64_t dim, Real* out);  // returns the sum
+  // A token's vector, or 1 + vector, while the next token's is asked for.
+  void (*widen_vector[4])(const void* row, int64_t dim, Real* out, const void* next);
+  void (*widen_one_plus[4])(const void* row, int64_t dim, Real* out, const void* next);
   void (*narrow[4])(const Real* row, int64_t dim, void* out);
   void (*add)(const Real* row, int64_t dim, Real* out);  // out += row
 

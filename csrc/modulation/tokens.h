@@ -186,9 +186,13 @@ class Prepared {
       changed[v] = wanted != row[v];
       if (!changed[v]) continue;
       row[v] = wanted;
-      shared.kernels.widen[vector.dtype](vector.at(wanted), shared.dim, wide[v].data());
-      if (vector.table_row >= 0) shared.kernels.add(shared.table.data() + vector.table_row * shared.dim, shared.dim, wide[v].data());
-      if (v == scale || v == scale_2) shared.kernels.add(shared.ones.data(), shared.dim, wide[v].data());
+      const bool one_plus = v == scale || v == scale_2, in_table = vector.table_row >= 0;
+      const auto* widen = one_plus && !in_table ? shared.kernels.widen_one_plus : shared.kernels.widen_vector;
+      const int64_t following = vector.span == 1 && !vector.by_row ? std::min(wanted + 1, vector.count - 1) : wanted;
+      widen[vector.dtype](vector.at(wanted), shared.dim, wide[v].data(), vector.at(following));
+      if (!in_table) continue;
+      shared.kernels.add(shared.table.data() + vector.table_row * shared.dim, shared.dim, wide[v].data());
+      if (one_plus) shared.kernels.add(shared.ones.data(), shared.dim, wide[v].data());
     }
     if (changed[Name::gate] && shared.gate_fn != GateFn::identity)
       shared.kernels.apply_gate(shared.gate_fn, wide[Name::gate].data(), shared.dim, slopes.data());
