@@ -19,7 +19,7 @@ BUILD := $(if $(HAS_COMPILER),MMGEN_KERNELS_BUILD=1,MMGEN_KERNELS_BUILD=auto)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench bench-micro gpu-check wheel check lint clean python
+.PHONY: help demo test test-all bench bench-micro gpu-check sanitize wheel check lint clean python
 
 help:  ## print this list
 	@echo "Tasks, each of which sets up what it needs:"
@@ -52,6 +52,9 @@ bench-micro: $(STAMPS)/probe $(STAMPS)/extra-bench  ## one small measurement per
 
 gpu-check: $(STAMPS)/probe $(STAMPS)/extra-test  ## FAMILY=vq OUT=dir WHEELS=dir: tests, checks, short races on this GPU, as JSON
 	$(PY) tools/gpu_check.py $(FAMILY) --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+
+sanitize: $(STAMPS)/cpp $(STAMPS)/extra-test  ## the C++ under AddressSanitizer and UBSan: the battery, or ARGS="tests/vq -k heads"
+	$(PY) tools/sanitize.py $(ARGS)
 
 wheel: $(STAMPS)/package $(STAMPS)/extra-test  ## dist/*.whl, tested against the oldest torch and ours (gigabytes, minutes)
 	$(PY) tools/build_wheel.py dist

@@ -1,12 +1,13 @@
 """Builds csrc. The C++ part is optional: without a compiler or without torch the package installs and says what is missing.
 
 Environment:
-    MMGEN_KERNELS_BUILD   auto (default) | 0: skip the C++ part | 1: a failure to build it is fatal
-    MMGEN_KERNELS_CUDA    auto (default): build the CUDA part if nvcc is there and of the CUDA version of this torch | 0: skip it |
-                          1: a failure to build it is fatal; cross-builds on a torch without CUDA
-    MMGEN_KERNELS_PROBE   0 (default) | 1: also build, in place, the extension that tests and benchmarks use; no wheel holds it
-    MAX_JOBS              compilers run at once (default: one per CPU)
-    CXX                   the C++ compiler (default c++)
+    MMGEN_KERNELS_BUILD     auto (default) | 0: skip the C++ part | 1: a failure to build it is fatal
+    MMGEN_KERNELS_CUDA      auto (default): build the CUDA part if nvcc is there and of this torch's CUDA version | 0: skip it |
+                            1: a failure to build it is fatal; cross-builds on a torch without CUDA
+    MMGEN_KERNELS_PROBE     0 (default) | 1: also build, in place, the extension that tests and benchmarks use; no wheel holds it
+    MMGEN_KERNELS_SANITIZE  0 (default) | 1: with AddressSanitizer and UndefinedBehaviorSanitizer, as `make sanitize` has it
+    MAX_JOBS                compilers run at once (default: one per CPU)
+    CXX                     the C++ compiler (default c++)
 """
 
 import json
@@ -31,6 +32,7 @@ PACKAGE = "mmgen_kernels"
 BUILD = os.environ.get("MMGEN_KERNELS_BUILD", "auto")
 CUDA = os.environ.get("MMGEN_KERNELS_CUDA", "auto")
 PROBE = os.environ.get("MMGEN_KERNELS_PROBE", "0") == "1"
+SANITIZE = os.environ.get("MMGEN_KERNELS_SANITIZE", "0") == "1"
 if BUILD not in ("auto", "0", "1"):
     sys.exit(f"MMGEN_KERNELS_BUILD must be auto, 0 or 1, got {BUILD!r}")
 if CUDA not in ("auto", "0", "1"):
@@ -43,6 +45,9 @@ MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # are passed within one translation unit only.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall",
          "-Wno-psabi"]
+SANITIZERS = "-fsanitize=address,undefined"
+if SANITIZE:
+    FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", SANITIZERS]
 # One translation unit per instruction set, so that no header's inline function leaks AVX-512 into the generic path.
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
                 "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -123,7 +128,7 @@ def extensions() -> tuple[list[Extension], str | None]:
         include_dirs=["csrc", f"{torch}/include", f"{torch}/include/torch/csrc/api/include"],
         library_dirs=[f"{torch}/lib"],
         libraries=["torch_cpu"],
-        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
+        extra_link_args=[SANITIZERS] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [],
         optional=BUILD != "1",
     )
     found = [Extension(f"{PACKAGE}._C", sources(), py_limited_api=True, **common)]

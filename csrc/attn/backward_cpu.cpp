@@ -168,7 +168,8 @@ class BiasGradient {
  public:
   BiasGradient(const Problem<Real>& problem, const Upstream& up, const Tensor& grad)
       : p(problem), grad(grad), gradients(problem, up),
-        sums(std::max<int64_t>(1, std::min(block_queries, p.q.length)) * std::max<int64_t>(1, p.k.length)) {}
+        sums(std::max<int64_t>(1, std::min(block_queries, p.q.length)) * std::max<int64_t>(1, p.k.length) +
+             p.kernels.width) {}  // a row's last vector is read whole
 
   void operator()(int64_t b, int64_t h, int64_t begin, int64_t count) {
     const bool for_all_samples = grad.size(0) == 1, for_all_heads = grad.size(1) == 1, for_all_queries = grad.size(2) == 1;

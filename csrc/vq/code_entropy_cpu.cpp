@@ -305,7 +305,7 @@ void all_heads_backward(const Inputs& in, const std::optional<Tensor>& grad_samp
 // Zeros in which a gradient adds up: in the result's own dtype where that is fp32 or fp64.
 Tensor zeros(const Tensor& like, ScalarType dtype) {
   Tensor out = empty_like_with(like, sizes_of(like), dtype);
-  std::memset(out.mutable_data_ptr(), 0, out.numel() * out.element_size());
+  std::fill_n(static_cast<char*>(out.mutable_data_ptr()), out.numel() * out.element_size(), char(0));  // of no elements, null
   return out;
 }
 
