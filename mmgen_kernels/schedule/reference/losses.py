@@ -170,7 +170,7 @@ def hybrid_loss_backward(
 
     of_mse = upstream([grad_mse, None if kl else grad_loss], -2)
     of_vb = upstream([grad_vb, grad_loss], vb_weight / math.log(2))
-    of_prediction = torch.zeros_like(like) if of_mse is None else of_mse * like
+    of_prediction = (0 if of_mse is None else of_mse) * like  # NaN stays
     of_variance = torch.zeros_like(like)
     if of_vb is not None:
         found = decoder(step)
@@ -182,7 +182,7 @@ def hybrid_loss_backward(
         of_variance = of_vb * step.slope * by_log_variance
         if kl:
             by_mean = torch.where(step.is_first, torch.where(lost, 0, found.by_mean), step.apart * precision)
-            of_prediction = of_prediction - of_vb * torch.where(step.inside, step.factor * by_mean, 0)
+            of_prediction = of_prediction - of_vb * torch.where(step.inside, step.factor, 0) * by_mean
     learned = output.shape[1] == 2 * x0.shape[1]
     return (torch.cat((of_prediction, of_variance), 1) if learned else of_prediction).to(output.dtype)
 
