@@ -122,9 +122,14 @@ def reasons_against(operator: Operator, implementation: str, device: str) -> lis
     return reasons
 
 
+def told(family: str) -> str | None:
+    """The implementation that `use_backend` or the environment names for the family."""
+    return _forced.get(family) or _forced.get(None)
+
+
 def choose(operator: Operator, family: str, device: str) -> str:
     """The implementation that serves `operator` on `device`."""
-    forced = (_forced.get(family) or _forced.get(None)) if _forced else None
+    forced = told(family) if _forced else None
     if forced is not None:
         if reasons := reasons_against(operator, forced, device):
             raise RuntimeError(

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmgen_kernels as mk
 from mmgen_kernels.battery.laws import same_bits
+from mmgen_kernels.library import OPERATORS
 from mmgen_kernels.schedule.planner import DEFAULTS
 from mmgen_kernels.schedule.schedulers.stepper import Stepper, Unplanned
 
@@ -352,6 +353,53 @@ def test_a_run_like_the_last_one_is_not_planned_again():
 
 
 # -- no waiting for a device ------------------------------------------------------------------------------------------
+
+
+class Called(TorchDispatchMode):
+    """The operators that make tensors of so many numbers."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.names, self.numel = [], numel
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(o, torch.Tensor) and o.numel() == self.numel for o in (out if isinstance(out, tuple) else (out,))):
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("expected", "dtype", "arrange", "config"),
+    [
+        ("add", FP32, None, {}),
+        ("scheduler_step", torch.float64, None, {}),
+        ("scheduler_step", BF16, None, {}),  # where torch.add rounds the product too
+        ("scheduler_step", torch.float16, None, {}),
+        ("scheduler_step", FP32, lambda t: t.mT.contiguous().mT, {}),
+        ("scheduler_step", FP32, lambda t: t.repeat(1, 1, 2**17), {}),
+        ("scheduler_step", FP32, None, {"stochastic_sampling": True}),
+    ],
+)
+def test_a_flow_of_few_numbers_is_added_by_torch(expected, dtype, arrange, config):
+    """By what is quicker to call; who names an implementation gets that."""
+    arrange = arrange or (lambda t: t)
+    x, m = (arrange(image(seed, (3, 4, 5)).to(dtype)) for seed in (1, 2))
+
+    def stepped():
+        scheduler = made("FlowMatchEulerDiscreteScheduler", **config)
+        scheduler.set_timesteps(4)
+        generator = torch.Generator().manual_seed(3) if config else None
+        with Called(x.numel()) as called:
+            out = scheduler.step(m, scheduler.timesteps[0], x, generator=generator, return_dict=False)[0]
+        return out, called.names[-1]
+
+    out, by = stepped()
+    assert by == expected
+    with mk.use_backend("cpp" if OPERATORS["scheduler_step"].has_cpp else "reference"):
+        told, by = stepped()
+    assert by == "scheduler_step"
+    torch.testing.assert_close(out, told, rtol=3e-7, atol=3e-7)
 
 
 class Watch(TorchDispatchMode):

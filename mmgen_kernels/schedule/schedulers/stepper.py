@@ -6,7 +6,7 @@ in the attributes where diffusers has them, so that its own methods find them an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from mmgen_kernels.philox.ops import fold_in
 from mmgen_kernels.schedule import planner
 from mmgen_kernels.schedule.ops import scheduler_step
 from mmgen_kernels.schedule.ops.checks import check_inputs, split_noise
-from mmgen_kernels.schedule.ops.steps import planned_pair, planned_step
+from mmgen_kernels.schedule.ops.steps import planned_pair, planned_step, sums_alone
 from mmgen_kernels.schedule.planner import Plan, Run, Schedule
 from mmgen_kernels.schedule.reference import INPUTS
 from mmgen_kernels.schedule.schedulers.noise import Generators, key_from, randn
@@ -55,6 +55,8 @@ class Table:
         self.clamp = None if plan.clamp is None else plan.clamp[1]
         unlimited = plan.clamp is None and plan.threshold is None and plan.log_variance is None and len(plan.outputs) < 3
         self.pairs = [part if unlimited and used == PAIR else None for used, _, part in self.calls]  # rows that need nothing else
+        self.shares = [share_of(row, plan.inputs, len(plan.outputs)) if pair is not None else None
+                       for row, pair in zip(plan.rows, self.pairs, strict=True)]  # fmt: skip
         self.place = {int(t): k for k, t in reversed(list(enumerate(plan.timesteps)))}
 
     def require(self, k: int, named: Mapping[str, Tensor | None]) -> None:
@@ -188,6 +190,9 @@ class Stepper:
             named = {"sample": sample, "model_output": prediction}
             made = dict(zip(table.plan.outputs, dtypes, strict=False))
             return tuple(self.run(table, k, named, made, noise).values())
+        share = table.shares[k]
+        if share is not None and sums_alone(sample, prediction, dtypes[0]):
+            return (torch.add(sample, prediction, alpha=share),)
         return planned_pair(sample, prediction, coefficients, k, dtypes)
 
     def in_two(
@@ -225,6 +230,13 @@ class Stepper:
         if self.key is None or self.key.device != like.device:
             self.key = key_from(generator, like.device)
         return self.key if table.alone is None else fold_in(self.key, table.alone)
+
+
+def share_of(row: Sequence[Sequence[float]], inputs: Sequence[str], outputs: int) -> float | None:
+    """Of a row whose one output is sample + share model_output, the share."""
+    share = row[1][inputs.index("model_output")]
+    rest = [c for name, c in zip((*inputs, "derived", "noise"), row[1], strict=True) if name not in PAIR]
+    return share if outputs == 1 and row[1][inputs.index("sample")] == 1 and share != 0 and not any(rest) else None
 
 
 def with_two_as_one(inputs: list[Tensor], columns: Tensor) -> tuple[list[Tensor], Tensor]:
