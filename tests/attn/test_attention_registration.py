@@ -5,10 +5,10 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from called import Called
 from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
@@ -285,19 +285,11 @@ def test_autocast_of_other_dtypes(implementation):
 
 
 def test_the_implementation_that_was_asked_for_runs(implementation):
-    seen = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "mmgen_kernels":
-                seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    with Record():
+    with Called() as called:
         results(layer, arguments(3, 5))
         vmap(lambda x: mk.attention(x, x, x))(torch.randn(2, 3, 5, 4, 8))
     suffix = overload(implementation)
-    assert set(seen) == {f"mmgen_kernels.attention.{suffix}", f"mmgen_kernels.attention_backward.{suffix}"}
+    assert {*map(str, called.ours)} == {f"mmgen_kernels.attention.{suffix}", f"mmgen_kernels.attention_backward.{suffix}"}
 
 
 def test_use_backend_reference():

@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
+from called import Called
 from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmgen_kernels as mk
 from mmgen_kernels import battery
@@ -273,21 +273,13 @@ def test_autocast_does_not_touch_the_backward(implementation):
 
 
 def test_the_implementation_that_was_asked_for_runs(implementation):
-    seen = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "mmgen_kernels":
-                seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     given = arguments(3, 5)
-    with Record():
+    with Called() as called:
         results(seam, given)
         vmap(seam)(*(v.detach()[None].expand(2, *v.shape) for v in given))
     suffix = "reference" if implementation == "reference" else "default"
     expected = {f"mmgen_kernels.{name}{part}.{suffix}" for name in FORWARDS for part in ("", "_backward")}
-    assert set(seen) == expected
+    assert {*map(str, called.ours)} == expected
 
 
 @pytest.mark.parametrize("operator", FORWARDS)

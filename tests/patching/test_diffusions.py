@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from called import Called
 
 import mmgen_kernels as mk
 from benchmarks.peers import openai_diffusion as script
@@ -185,9 +186,9 @@ def test_the_temperature_of_mar(monkeypatch, variance):
         return [of for step in steps for of in step.values()] + [torch.randn(3)]
 
     expected = run()
-    with mk.patch(diffusion, strict=True), Launches() as launches:
+    with mk.patch(diffusion, strict=True), Called() as called:
         found = run()
-    assert launches.of("scheduler_step") == 4 + 20 + (2 if variance == "LEARNED_RANGE" else 0)
+    assert called.names.count("scheduler_step") == 4 + 20 + (2 if variance == "LEARNED_RANGE" else 0)
     for ours, stock in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, stock, rtol=3e-4, atol=3e-5 * max(1, float(stock.abs().max())))
 
@@ -217,12 +218,12 @@ def same_as_stock_s(of_stock, of_ours):
     expected = of_stock(diffusion, model, x, t)["sample"]
     with mk.patch(diffusion, strict=True):
         torch.manual_seed(1)
-        with Launches() as launches:
+        with Called() as called:
             assert same_bits(of_stock(diffusion, model, x, t)["sample"], expected)
-        assert not launches.of("scheduler_step")
-        with Launches() as launches:
+        assert "scheduler_step" not in called.names
+        with Called() as called:
             of_ours(diffusion, model, x, t)
-        assert launches.of("scheduler_step") == 1
+        assert called.names.count("scheduler_step") == 1
 
 
 # -- guidance by a classifier -------------------------------------------------------------------------------------------
@@ -251,9 +252,9 @@ def test_guided_by_a_classifier(kind, mean, variance):
         return [of for step in steps for of in step.values()] + [torch.randn(3)]
 
     expected = run()
-    with mk.patch(diffusion, strict=True), Launches() as launches:
+    with mk.patch(diffusion, strict=True), Called() as called:
         found = run()
-    assert launches.of("scheduler_step") == 10 + (5 if learned else 0)  # a gradient weighed by a learned variance is one more
+    assert called.names.count("scheduler_step") == 10 + (5 if learned else 0)  # one more: a gradient weighed by a learned variance
     for ours, stock in zip(found, expected, strict=True):
         assert ours.dtype == stock.dtype
         torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-4 * max(1, float(stock.abs().max())))
@@ -273,9 +274,9 @@ def test_a_classifier_in_16_bits_is_as_near_to_fp64_as_stock_s():
         return out["sample"].double()
 
     exact, stock = run(torch.float64), run(torch.bfloat16)
-    with mk.patch(diffusion, strict=True), Launches() as launches:
+    with mk.patch(diffusion, strict=True), Called() as called:
         ours = run(torch.bfloat16)
-    assert launches.of("scheduler_step") == 2
+    assert called.names.count("scheduler_step") == 2
     assert (ours - exact).square().mean() <= (stock - exact).square().mean()
 
 
@@ -294,22 +295,9 @@ def test_a_classifier_that_stock_serves(monkeypatch):
     diffusion, x, t = made(), numbers(1), torch.tensor([0, 3, 9, 19])
     mk.patch(diffusion, strict=True)
     diffusion.condition_score = lambda cond_fn, out, x, t, model_kwargs=None: out
-    with Launches() as launches:
+    with Called() as called:
         diffusion.ddim_sample(Model(), x, t, cond_fn=guide)
-    assert not launches.of("scheduler_step")
-
-
-class Launches(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-    def of(self, name):
-        return self.names.count(name)
+    assert "scheduler_step" not in called.names
 
 
 def test_calls_that_stock_serves():
@@ -323,10 +311,10 @@ def test_calls_that_stock_serves():
     for name, call in outputs.items():
         torch.manual_seed(1)
         expected = call(diffusion)["sample"]
-        with mk.patch(diffusion, strict=True), Launches() as launches:
+        with mk.patch(diffusion, strict=True), Called() as called:
             torch.manual_seed(1)
             found = call(diffusion)["sample"]
-        assert same_bits(found, expected) and not launches.of("scheduler_step") and not launches.of("add_noise"), name
+        assert same_bits(found, expected) and "scheduler_step" not in called.names and "add_noise" not in called.names, name
 
 
 @pytest.mark.parametrize("loss", ("MSE", "KL"))
@@ -345,9 +333,9 @@ def test_losses_of_16_bits_are_as_near_to_fp64_as_stock_s(dtype, variance, loss)
 
     for of_output in (dtype, torch.float32):
         exact, stock = losses(torch.float64, torch.float64), losses(dtype, of_output)
-        with mk.patch(diffusion, strict=True), Launches() as launches:
+        with mk.patch(diffusion, strict=True), Called() as called:
             ours = losses(dtype, of_output)
-        assert launches.of("hybrid_loss") + launches.of("diffusion_loss") == 1 and ours.keys() == exact.keys()
+        assert called.names.count("hybrid_loss") + called.names.count("diffusion_loss") == 1 and ours.keys() == exact.keys()
         for name, value in exact.items():
             far = (stock[name] - value).abs().mean()
             assert (ours[name] - value).abs().mean() <= far + 1e-5 * value.abs().mean(), (name, of_output)
@@ -358,9 +346,9 @@ def test_data_of_which_stock_makes_the_losses():
     diffusion, x, t, model = made(), numbers(1).clamp(-1, 1).requires_grad_(), torch.tensor([0, 3, 9, 19]), Model()
     z = numbers(2).to(x.dtype)
     expected = diffusion.training_losses(model, x, t, noise=z)["loss"]
-    with mk.patch(diffusion, strict=True), Launches() as launches:
+    with mk.patch(diffusion, strict=True), Called() as called:
         found = diffusion.training_losses(model, x, t, noise=z)["loss"]
-    assert not launches.of("hybrid_loss") and found.requires_grad
+    assert "hybrid_loss" not in called.names and found.requires_grad
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -390,13 +378,13 @@ def test_whoever_comes_later_is_heard():
     assert heard == [1]
     del diffusion.p_mean_variance
     betas, diffusion.posterior_mean_coef1 = diffusion.posterior_mean_coef1, 2 * diffusion.posterior_mean_coef1
-    with Launches() as launches:
+    with Called() as called:
         diffusion.p_sample(model, x, t)
-    assert not launches.of("scheduler_step")
+    assert "scheduler_step" not in called.names
     diffusion.posterior_mean_coef1 = betas
-    with Launches() as launches:
+    with Called() as called:
         diffusion.p_sample(model, x, t)
-    assert launches.of("scheduler_step") == 1
+    assert called.names.count("scheduler_step") == 1
     diffusion.q_sample = lambda *args, **kwargs: x
     with pytest.raises(RuntimeError, match=r"cannot revert what was replaced again since: SpacedDiffusion\.q_sample"):
         handle.revert()

@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
+from called import Called
 from overloads import each_overload, with_backward
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mmgen_kernels as mk
@@ -187,22 +187,6 @@ def test_inference_mode_checkpoint_and_second_derivative(implementation):
 # -- no waiting for a device ------------------------------------------------------------------------------------------
 
 
-class Calls(TorchDispatchMode):
-    """The operators that are called, and those among them that read a value on the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def reads(self):
-        return [n for n in self.names if n in ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero")]
-
-
 def test_one_operator_forward_and_one_backward_and_nothing_is_read_back():
     output, x0, noise = given(3, 2, 8)
     weight, mask = torch.rand(3), torch.rand(3, 1, 8) > 0.5
@@ -210,9 +194,9 @@ def test_one_operator_forward_and_one_backward_and_nothing_is_read_back():
         ("diffusion_loss", lambda: mk.diffusion_loss(output, output.detach() * 2, weight=weight, mask=mask.repeat(1, 4, 1))),
         ("hybrid_loss", lambda: mk.hybrid_loss(output, x0, noise, times(3), table=TABLE, objective="kl", clamp=1.0).loss),
     ):
-        with Calls() as forward:
+        with Called() as forward:
             found = loss()
-        with Calls() as backward:
+        with Called() as backward:
             torch.autograd.grad(found, output, torch.ones_like(found))
         assert [n for n in forward.names if n.startswith(name)] == [name] and forward.reads == []
         assert [n for n in backward.names if n.startswith(name)] == [f"{name}_backward"] and backward.reads == []
@@ -222,10 +206,10 @@ def test_one_operator_forward_and_one_backward_and_nothing_is_read_back():
 
 def test_a_weight_and_the_reference_read_nothing_back():
     output, x0, noise = given(3, 2, 8)
-    with mk.use_backend("reference"), Calls() as calls:
+    with mk.use_backend("reference"), Called() as called:
         weight = mk.loss_weight(times(3), table=TABLE[:, 0].abs() / 2)
         for losses in (training(output, x0, noise, times(3), weight), training(output, x0, noise, times(3), None)):
             slopes(losses, (output,))
         for kind in ("sigma_sqrt", "cosmap", "logit_normal", "edm"):
             mk.loss_weight(weight, kind=kind)
-    assert calls.reads == []
+    assert called.reads == []
