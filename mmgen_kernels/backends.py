@@ -136,7 +136,7 @@ def choose(operator: Operator, family: str, device: str) -> str:
                 f"use_backend({forced!r}) cannot serve {operator.name}: {'; '.join(reasons)}\n{describe(operator, device)}"
             )
         return forced
-    if torch.compiler.is_compiling() and (operator.name, device) in STEPS_ASIDE:
+    if (operator.name, device) in STEPS_ASIDE and torch.compiler.is_compiling():
         return INLINE
     if device == "cpu" and operator.has_cpp:  # the common case, kept short: this runs on every eager call
         return "cpp"

@@ -31,18 +31,23 @@ DIFFUSIONS = {
 }
 
 
-def posterior(p: Tensor, x_t: Tensor, row: Tensor) -> Tensor:
-    """(N, K + 1) weights of x_{t-1} from p (N, K) in fp64, by the matrices of the row's transitions; the mask is class K."""
-    K = p.shape[-1]
+def transitions(row: Tensor, K: int) -> list[Tensor]:
+    """The matrices (K + 1, K + 1) of a row's transitions, from row to column: the step, all steps, all before it. The mask is K."""
 
     def matrix(a: float, b: float, c: float) -> Tensor:
-        q = torch.full((K + 1, K + 1), b, dtype=FP64)  # from row to column
+        q = torch.full((K + 1, K + 1), b, dtype=FP64)
         q[range(K), range(K)] += a
         q[:, K], q[K] = c, 0.0
         q[K, K] = 1.0
         return q
 
-    one, all_, before = (matrix(*numbers.tolist()) for numbers in row.view(3, 3))
+    return [matrix(*numbers.tolist()) for numbers in row.view(3, 3)]
+
+
+def posterior(p: Tensor, x_t: Tensor, row: Tensor) -> Tensor:
+    """(N, K + 1) weights of x_{t-1} from p (N, K) in fp64, by the matrices of the row's transitions."""
+    K = p.shape[-1]
+    one, all_, before = transitions(row, K)
     likelihood = all_[:K][:, x_t].T  # (N, K): q(x_t | x_0)
     ratio = torch.where(likelihood > 0, p / likelihood, 0.0)
     return one[:, x_t].T * (ratio @ before[:K])

@@ -10,7 +10,7 @@ from torch import Tensor
 import mmgen_kernels as mk
 from mmgen_kernels.battery import Dtypes
 from mmgen_kernels.battery.draws import rand, randint, randn
-from mmgen_kernels.battery.schedule.discrete import DIFFUSIONS, KEPT
+from mmgen_kernels.battery.schedule.discrete import DIFFUSIONS, KEPT, transitions
 from mmgen_kernels.battery.schedule.law import FEW, FP32, FP64, SAME, Subject, Tensors, pair
 
 SHAPE = (5, 4, 37)  # B, N, K
@@ -19,15 +19,7 @@ STEPS = (1, 0, 3, 4, 5)
 
 def posteriors(row: Tensor, K: int) -> Tensor:
     """q(x_{t-1} | x_t, k), indexed [x_t, k, x_{t-1}], (K + 1, K, K + 1) in fp64; 0 where x_t cannot come of k."""
-
-    def matrix(a: float, b: float, c: float) -> Tensor:
-        q = torch.full((K + 1, K + 1), b, dtype=FP64)  # from row to column
-        q[range(K), range(K)] += a
-        q[:, K], q[K] = c, 0.0
-        q[K, K] = 1.0
-        return q
-
-    step, before = (matrix(*row[i : i + 3].tolist()) for i in (0, 6))
+    step, _, before = transitions(row, K)
     joint = step.T[:, None, :] * before[None, :K, :]
     total = joint.sum(-1, keepdim=True)
     return torch.where(total > 0, joint / total, 0.0)

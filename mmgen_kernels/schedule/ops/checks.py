@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmgen_kernels.checks import check_choice, check_device, check_dtype, check_floats, check_integers, check_number
+from mmgen_kernels.checks import DTYPES, check_choice, check_device, check_dtype, check_floats, check_integers, check_number
 from mmgen_kernels.philox.ops import checked_key
 from mmgen_kernels.schedule.reference import COLUMNS, INPUTS
 
@@ -29,9 +29,12 @@ def check_inputs(inputs: Sequence[Tensor]) -> None:
     if not isinstance(inputs, (tuple, list)) or not 1 <= len(inputs) <= INPUTS:
         got = f"{len(inputs)}" if isinstance(inputs, (tuple, list)) else type(inputs).__name__
         raise TypeError(f"inputs must be a sequence of 1 to {INPUTS} tensors, got {got}")
-    check_floats("inputs[0]", inputs[0])
-    for i, tensor in enumerate(inputs[1:], 1):
-        check_alike(f"inputs[{i}]", tensor, "inputs[0]", inputs[0])
+    first = inputs[0]
+    check_floats("inputs[0]", first)
+    shape, device = first.shape, first.device
+    for i, tensor in enumerate(inputs[1:], 1):  # each alike at one glance, or check_alike says what is not
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype not in DTYPES or tensor.device != device:
+            check_alike(f"inputs[{i}]", tensor, "inputs[0]", first)
 
 
 def check_coefficients(coefficients: Tensor, step: int | Tensor, inputs: Sequence[Tensor], learned: bool) -> int:

@@ -124,9 +124,10 @@ def planned_step(
     take as long as the work."""
     second, *more = padded(inputs[1:], INPUTS - 1)
     dtype_1, dtype_2 = padded(dtypes[1:], MAX_OUTPUTS - 1)
+    rest = () if clamp is None and noise is None and key is None else (clamp, noise, key)
     results = SCHEDULER_STEP(
         backends.choose(SCHEDULER_STEP, FAMILY, inputs[0].device.type),
-        inputs[0], coefficients, step, dtypes[0], second, dtype_1, *more, dtype_2, clamp, noise, key,
+        inputs[0], coefficients, step, dtypes[0], second, dtype_1, *more, dtype_2, *rest,
     )  # fmt: skip
     return results[: len(dtypes)]
 

@@ -87,6 +87,7 @@ class Stepper:
         self.planned: tuple[Any, Schedule] | None = None
         self.fetched: dict[int, tuple[Any, Any, tuple[Any, ...]]] = {}
         self.key: Tensor | None = None
+        self.gaps: tuple[Tensor, ...] | None = None
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
@@ -121,8 +122,15 @@ class Stepper:
         planned = scheduler.config, self.schedule(self.levels, None)
         if self.planned is None or planned[0] is not self.planned[0] or planned[1] != self.planned[1]:
             self.tables.clear()  # else it is the same run once more
-        self.planned, self.key = planned, None
+        self.planned, self.key, self.gaps = planned, None, None
         self.seen = scheduler.config, tuple((name, v, version_of(v)) for name, v in zip(LEVELS, self.levels, strict=True))
+
+    def gap(self, scheduler: Any, k: int) -> Tensor:
+        """sigmas[k + 1] - sigmas[k], of a run whose table was asked for: all at once, since each alone takes 4 us."""
+        if self.gaps is None:
+            with torch.inference_mode(False):
+                self.gaps = scheduler.sigmas.diff().unbind()
+        return self.gaps[k]
 
     def length(self, scheduler: Any, alone: int | None) -> dict[str, Any]:
         if self.class_name in ANY_TIMESTEP or alone is None:
@@ -161,16 +169,14 @@ class Stepper:
         noise: Tensor | None = None,
         variance: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Row k of the table on tensors by name: the outputs by name, as many of them as `dtypes` has."""
+        """Row k of the table on tensors by name: of the plan's outputs by name, in their order, as many as `dtypes` has."""
         plan, (names, compared, coefficients) = table.plan, table.calls[k]
         if len(names) > INPUTS:
             return self.in_two(table, k, named, dtypes, noise)
-        made = plan.outputs
-        if len(dtypes) < len(made):
-            made = made[: len(dtypes)]
-            coefficients = table.of_inputs(names, 1 + len(made))
+        if len(dtypes) < len(plan.outputs):
+            coefficients = table.of_inputs(names, 1 + len(dtypes))
         inputs: list[Tensor] = [named[name] for name in names]  # type: ignore[misc]
-        wanted = [dtypes[name] for name in made]
+        wanted = [*dtypes.values()]
         if plan.threshold is not None or variance is not None:
             options: dict[str, Any] = {"threshold": plan.threshold, "variance": variance, "dtypes": wanted}
             outputs = scheduler_step(inputs, coefficients, k, noise=noise, clamp=table.clamp, **options)
@@ -179,7 +185,7 @@ class Stepper:
                 check_inputs(inputs)
             z, key = (None, None) if noise is None else split_noise(noise, "sample", inputs[0])
             outputs = planned_step(inputs, coefficients, k, wanted, table.clamp, z, key)
-        return dict(zip(made, outputs, strict=True))
+        return dict(zip(dtypes, outputs, strict=True))
 
     def run_pair(
         self, table: Table, k: int, sample: Tensor, prediction: Tensor, dtypes: tuple[torch.dtype, ...], noise: Tensor | None = None

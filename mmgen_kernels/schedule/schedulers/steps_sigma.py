@@ -33,14 +33,13 @@ def heun(stepper: Stepper, s: Any, model_output: Tensor, timestep: Any, sample: 
     first = s.dt is None
     table, row = of_evaluation(stepper, s, k, first)
     prediction, _ = of_channels(table.plan, model_output, sample)
-    dtypes = dict.fromkeys(table.plan.outputs, torch.promote_types(sample.dtype, prediction.dtype))
-    named = {"sample": sample, "model_output": prediction}
+    dtype, named = torch.promote_types(sample.dtype, prediction.dtype), {"sample": sample, "model_output": prediction}
     if first:
-        found = stepper.run(table, row, named, dtypes)
-        s.prev_derivative, s.dt, s.sample = found["derivative"], s.sigmas[k + 1] - s.sigmas[k], sample
+        found = stepper.run(table, row, named, dict.fromkeys(table.plan.outputs, dtype))
+        s.prev_derivative, s.dt, s.sample = found["derivative"], stepper.gap(s, k), sample
     else:
-        del dtypes["derivative"]
-        found = stepper.run(table, row, named | {"last_sample": s.sample, "derivative": s.prev_derivative}, dtypes)
+        named |= {"last_sample": s.sample, "derivative": s.prev_derivative}
+        found = stepper.run(table, row, named, dict.fromkeys(table.plan.outputs[:2], dtype))
         s.prev_derivative = s.dt = s.sample = None
     s._step_index += 1
     return found["prev_sample"], found["pred_original_sample"]
