@@ -54,6 +54,17 @@ def test_two_evaluations_make_a_step(class_name):
     assert scheduler.state_in_first_order and scheduler.sample is None
 
 
+def test_heun_leaves_the_difference_of_levels_as_diffusers_has_it():
+    """`dt`, by which diffusers' own second evaluation would go on; also after a run of other levels, and levels written in place."""
+    scheduler, x = made("HeunDiscreteScheduler"), image(3, (1, 2, 3)).float()
+    for change in (lambda: scheduler.set_timesteps(6), lambda: scheduler.set_timesteps(4), lambda: scheduler.sigmas.mul_(0.5)):
+        change()
+        for k in (0, 2):
+            scheduler._step_index, scheduler.dt = k, None
+            scheduler.step(x, scheduler.timesteps[k], x)
+            assert same_bits(scheduler.dt, scheduler.sigmas[k + 1] - scheduler.sigmas[k])
+
+
 @pytest.mark.parametrize("class_name", TWICE)
 def test_a_step_is_gone_on_with_by_a_copy(class_name):
     whole = made(class_name)
