@@ -55,7 +55,7 @@ def test_two_evaluations_make_a_step(class_name):
 
 
 def test_heun_leaves_the_difference_of_levels_as_diffusers_has_it():
-    """`dt`, by which diffusers' own second evaluation would go on; also after a run of other levels, and levels written in place."""
+    """`dt`, by which diffusers' own second evaluation would go on; also after another run, and after levels written in place."""
     scheduler, x = made("HeunDiscreteScheduler"), image(3, (1, 2, 3)).float()
     for change in (lambda: scheduler.set_timesteps(6), lambda: scheduler.set_timesteps(4), lambda: scheduler.sigmas.mul_(0.5)):
         change()
