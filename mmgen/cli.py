@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.task(options)
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted: {options.out} keeps all steps so far, and the same command goes on from there")
+        kept = f"{options.out} keeps all steps so far, and the same command goes on from there"
+        sys.exit(f"\ninterrupted: {kept if 'resume' in options else 'nothing was written'}")
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
@@ -290,7 +291,7 @@ def run_sample(options: argparse.Namespace) -> None:
 def run_train_codes(options: argparse.Namespace) -> None:
     from mmgen.tasks.train import read_tokenizer, train_codes
 
-    tokenizer, saved = read_tokenizer(options.tokenizer, "--tokenizer")
+    tokenizer, saved, _ = read_tokenizer(options.tokenizer, "--tokenizer")
     chosen = code_experiment(options.kind, DataConfig(**saved["data"]), tokenizer.config, vars(options))
     train_codes(chosen, options.tokenizer, options.out, device=set_up(options), resume=options.resume)
 

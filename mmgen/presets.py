@@ -8,7 +8,15 @@ from mmgen.data import DataConfig
 from mmgen.diffusion import ObjectiveConfig
 from mmgen.diffusion.codes import AbsorbingConfig
 from mmgen.diffusion.mask_and_replace import MaskAndReplaceConfig
-from mmgen.models import AutoencoderConfig, AutoencoderKLConfig, CodeDiffusionConfig, CodeTransformerConfig, DiTConfig, VQVAEConfig
+from mmgen.models import (
+    AutoencoderConfig,
+    AutoencoderKLConfig,
+    CodeDiffusionConfig,
+    CodeTransformerConfig,
+    DiscriminatorConfig,
+    DiTConfig,
+    VQVAEConfig,
+)
 from mmgen.training import (
     CodeTrainingConfig,
     DiTTrainingConfig,
@@ -76,11 +84,24 @@ def digits() -> Experiment:
     return Experiment(DataConfig("digits", image_size=32), VQVAEConfig(in_channels=1), VQVAETrainingConfig(batch_size=32))
 
 
+def require_patch(data: DataConfig, training: VQGANTrainingConfig | VAETrainingConfig) -> None:
+    smallest = DiscriminatorConfig(num_layers=training.disc_layers).smallest_image
+    if training.disc_weight > 0 and data.image_size < smallest:
+        raise ValueError(
+            f"--image-size must be at least {smallest}, of which a discriminator has one patch, or --disc-weight 0 for none, "
+            f"got {data.image_size}"
+        )
+
+
 @dataclass(frozen=True)
 class VQGANExperiment(Experiment):
     """A VQ-VAE against a discriminator."""
 
     training: VQGANTrainingConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_patch(self.data, self.training)
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,10 @@ class VAEExperiment(ImageExperiment):
 
     model: AutoencoderKLConfig
     training: VAETrainingConfig
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_patch(self.data, self.training)
 
 
 CHANNELS = (24, 48, 48)  # an eighth of the pixels along each side, where a squared error leaves blur for a discriminator to find
@@ -209,7 +234,7 @@ class CodeSamplingConfig:
         for name in ("samples", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"--temperature must not be negative, got {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be between 0 and 2^63 - 1, got {self.seed}")

@@ -20,7 +20,7 @@ def read_picture(path: Path, short_side: int) -> Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"{path} is not an image that Pillow can read: {error}") from error
     scale = short_side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))

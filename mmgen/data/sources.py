@@ -30,6 +30,7 @@ PHOTOGRAPH_SIDE = 4  # short side of a photograph in crops: a crop shows a face 
 GROUND = {"skimage": ("data", "brick.png grass.png gravel.png")}  # photographs too, trained on where six others are not
 PARTS = 4  # of every four photographs the third is of the test part and the last is held out
 FOLDER_SIDE = 2
+UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")  # formats whose names Pillow knows, and no more
 HELD_OUT_SHARE = 10  # of a folder, every tenth picture
 LABELLED_HELD_OUT = 3
 DIGITS_TRAINED_ON = 1437  # the first four fifths: the last digits are of other writers
@@ -115,7 +116,7 @@ def folder(config: DataConfig, seed: int) -> Data:
     root = Path(config.path or "")
     if not root.is_dir():
         raise FileNotFoundError(f"--path must be a folder of images, got {str(root)!r}, which is no folder")
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, format in Image.registered_extensions().items() if format not in UNREADABLE}
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if len(paths) < 2:
         raise ValueError(f"--path must hold at least 2 images (one is held out), got {str(root)!r} with {len(paths)}")

@@ -204,7 +204,7 @@ def choice(logits: Tensor, key: Tensor, temperature: float = 1.0, top_k: int | N
 
     A temperature of 0 takes the likeliest code; with top_k only so many likeliest ones may come.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
     logits = likeliest(logits, top_k)
     if temperature == 0:

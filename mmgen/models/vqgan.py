@@ -26,6 +26,11 @@ class DiscriminatorConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def smallest_image(self) -> int:
+        """Pixels along a side of which one patch is left."""
+        return 3 * 2**self.num_layers
+
 
 class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) -> a score of each overlapping patch, (B, 1, h, w): above 0 for real (Isola et al. 2017).

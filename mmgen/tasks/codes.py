@@ -218,8 +218,11 @@ def shown(runs: dict[str, CodeTrainer], drawn: dict[str, Tensor], test: Tensor) 
     ]
 
 
-def read_model(last: Path) -> tuple[nn.Module, Absorbing | None]:
-    """The best average that a checkpoint holds, and the process of a diffusion model."""
+def read_model(last: Path) -> tuple[nn.Module, Absorbing | None, int]:
+    """The best average that a checkpoint holds, the process of a diffusion model, and the step that the average is of.
+
+    Before the first score none is the best: then it is the latest one.
+    """
     saved = checkpoint.read_config(last)
     model: nn.Module
     process = None
@@ -229,8 +232,11 @@ def read_model(last: Path) -> tuple[nn.Module, Absorbing | None]:
         model, process = CodeDiffusion(config), process_of(kind(**saved["process"]), config.num_codes)
     else:
         model = CodeTransformer(CodeTransformerConfig(**saved["model"]))
-    model.load_state_dict(checkpoint.read_state(last)["best"]["weights"])
-    return model.eval(), process
+    state = checkpoint.read_state(last)
+    best = state["best"]
+    weights, step = (best["weights"], best["step"]) if best["step"] else (state["ema"], state["step"])
+    model.load_state_dict(weights)
+    return model.eval(), process, step
 
 
 def table(result: Codes) -> list[tuple[str, str, str, str]]:
@@ -265,10 +271,10 @@ def sample_codes(folder: Path, sampling: CodeSamplingConfig, out: Path, *, devic
         raise ValueError(f"--run must hold a model of codes, got {str(folder)!r}, which holds another model")
     if sampling.top_k is not None and not 1 <= sampling.top_k <= saved["model"]["num_codes"]:
         raise ValueError(f"--top-k must be between 1 and {saved['model']['num_codes']}, the codes, got {sampling.top_k}")
-    tokenizer, _ = read_tokenizer(folder / "tokenizer", "--run")
-    model, process = read_model(last)
+    tokenizer, _, _ = read_tokenizer(folder / "tokenizer", "--run")
+    model, process, step = read_model(last)
     start = torch.empty(sampling.samples, 0, dtype=torch.int64, device=device)
     drawn = draw_codes(model.to(device), process, start, sampling)
     images = decoded(tokenizer.to(device).eval(), drawn)
     Image.fromarray(to_pixels(grid(list(images.split(10))), enlarged=2)).save(out)
-    print(f"{len(images)} pictures of step {int(last.name.removeprefix('step-'))}: {out}")
+    print(f"{len(images)} pictures of step {step}, the best of {int(last.name.removeprefix('step-'))}: {out}")

@@ -76,8 +76,8 @@ def train_dit(experiment: DiTExperiment, folder: Path, *, device: torch.device, 
     return finished(dit_trainer(experiment, folder, device))
 
 
-def read_tokenizer(folder: Path, option: str) -> tuple[VQVAE, dict]:
-    """The tokenizer that a run has trained last, and the settings of the run."""
+def read_tokenizer(folder: Path, option: str) -> tuple[VQVAE, dict, Path]:
+    """The tokenizer that a run has trained last, the settings of the run, and the checkpoint that was read."""
     last = checkpoint.latest(folder / "checkpoints")
     if last is None:
         raise FileNotFoundError(f"{option} must be a folder that train has written to, got {str(folder)!r}")
@@ -86,12 +86,23 @@ def read_tokenizer(folder: Path, option: str) -> tuple[VQVAE, dict]:
         raise ValueError(f"{option} must hold a VQ-VAE, got {str(folder)!r}, which holds another model")
     tokenizer = VQVAE(VQVAEConfig(**saved["model"] | {"channels": tuple(saved["model"]["channels"])}))
     tokenizer.load_state_dict(checkpoint.read_weights(last))
-    return tokenizer, saved
+    return tokenizer, saved, last
+
+
+def keep_tokenizer(last: Path, folder: Path) -> None:
+    """Copies a checkpoint in the place of the one that `folder` holds, whole or not at all; it may be that very one."""
+    if folder.resolve() in last.resolve().parents:
+        return
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(last, partial / "checkpoints" / last.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def code_trainer(experiment: CodeExperiment, tokenizer: Path, folder: Path, device: torch.device) -> CodeTrainer:
     """`tokenizer` is the folder of its run; the new one keeps a copy of the weights, to draw pictures without the other."""
-    vqvae, _ = read_tokenizer(tokenizer, "--tokenizer")
+    vqvae, _, last = read_tokenizer(tokenizer, "--tokenizer")
     data = load(experiment.data, experiment.training.seed)
     torch.manual_seed(experiment.training.seed)
     options: dict[str, Any] = {"settings": experiment.settings, "device": device}
@@ -101,10 +112,7 @@ def code_trainer(experiment: CodeExperiment, tokenizer: Path, folder: Path, devi
         run = CodeDiffusionTrainer(model, vqvae, data, experiment.training, folder, process=experiment.process, **options)
     else:
         run = CausalCodeTrainer(CodeTransformer(experiment.model), vqvae, data, experiment.training, folder, **options)
-    last = checkpoint.latest(tokenizer / "checkpoints")
-    if last is not None:
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        shutil.copytree(last, folder / "tokenizer" / "checkpoints" / last.name)
+    keep_tokenizer(last, folder / "tokenizer")
     return run
 
 
@@ -117,6 +125,8 @@ def train_codes(
     resume: bool = True,
     until: int | None = None,
 ) -> CodeTrainer:
+    if tokenizer.resolve() == folder.resolve():
+        raise ValueError(f"--out must be another folder than --tokenizer, got {str(folder)!r} for both")
     if not resume:
         start_over(folder)
     return finished(code_trainer(experiment, tokenizer, folder, device), until)
@@ -134,7 +144,11 @@ def finished(run: RUN, until: int | None = None) -> RUN:
 
 def start_over(folder: Path) -> None:
     """Removes what a run of ours left in `folder`, and nothing else."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    checkpoints, removed = folder / "checkpoints", folder / "checkpoints.removed"
+    shutil.rmtree(removed, ignore_errors=True)  # of a removal that was cut
+    if checkpoints.exists():
+        checkpoints.rename(removed)  # at once: no half of one is ever gone on with
+        shutil.rmtree(removed)
     (folder / "log.jsonl").unlink(missing_ok=True)
 
 

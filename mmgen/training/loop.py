@@ -147,6 +147,8 @@ class Trainer:
                     self.window_start = time.perf_counter()
                 if cut:
                     raise KeyboardInterrupt
+            if interrupted.is_set():  # while the last step was scored or saved: what follows this run is not to begin
+                raise KeyboardInterrupt
 
     def _train_step(self, *batch: Tensor) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
@@ -206,7 +208,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             **self.state(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         keep = self.config.keep_checkpoints
         checkpoint.save(self._checkpoints, self.step, self.model.state_dict(), self.settings, state, keep=keep)
@@ -223,8 +225,8 @@ class Trainer:
         self.step = state["step"]
         self.load_state(state)
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         log.rewind(self.log_file, self.step)
 
     def _progress_bar(self) -> tqdm:
@@ -232,12 +234,14 @@ class Trainer:
 
 
 def require_same_run(saved: dict, asked: dict, folder: Path) -> None:
-    different = [
-        f"{section}.{name} was {saved[section].get(name)!r}, now {value!r}"
-        for section, values in asked.items()
-        for name, value in values.items()
-        if saved[section].get(name) != value
-    ]
+    different = []
+    for section in sorted(asked.keys() | saved.keys()):
+        was, now = saved.get(section, {}), asked.get(section, {})
+        different += [
+            f"{section}.{name} was {was.get(name)!r}, now {now.get(name)!r}"
+            for name in sorted(was.keys() | now.keys())
+            if was.get(name) != now.get(name)
+        ]
     if different:
         raise ValueError(
             f"--out {folder} holds a run with other settings ({'; '.join(different)}): "

@@ -32,7 +32,7 @@ class Stopwatch:
     """`Stopwatch(module, device)` listens to every step of `module` in which gradients are recorded."""
 
     def __init__(self, module: nn.Module, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.cuda, self.device = device.type == "cuda", device
         self.readings: list = []  # four per step: forward in, forward out, backward in, backward out
         module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave)
@@ -40,7 +40,7 @@ class Stopwatch:
     def read_clock(self) -> None:
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
             self.readings.append(event)
         else:
             self.readings.append(time.perf_counter())

@@ -98,7 +98,7 @@ def test_the_best_step_on_held_out_pictures_is_kept(tmp_path, tokenizer, kind):
     assert [*scored] == [*range(5, 41, 5)]
     assert cut.best_step == min(scored, key=scored.get) < 40
     assert cut.best_bits == scored[cut.best_step] == cut.held_out_bits(cut.best) < cut.held_out_bits(cut.ema) == scored[40]
-    drawn_from, _ = read_model(checkpoint.latest(tmp_path / "checkpoints"))
+    drawn_from, _, _ = read_model(checkpoint.latest(tmp_path / "checkpoints"))
     for (name, p), (_, q) in zip(cut.best.state_dict().items(), drawn_from.state_dict().items(), strict=True):
         assert torch.equal(p, q), name
 
@@ -113,7 +113,7 @@ def test_all_kinds_see_the_same_pictures(tmp_path, tokenizer):
 def test_a_run_keeps_its_tokenizer_and_refuses_another(tmp_path, tokenizer):
     run = code_trainer(tiny("causal"), tokenizer, tmp_path / "run", CPU)
     run.run(until=5)
-    kept, _ = read_tokenizer(tmp_path / "run" / "tokenizer", "--run")
+    kept, _, _ = read_tokenizer(tmp_path / "run" / "tokenizer", "--run")
     for (name, p), (_, q) in zip(kept.state_dict().items(), run.tokenizer.state_dict().items(), strict=True):
         assert torch.equal(p, q), name
     last = checkpoint.latest(tokenizer / "checkpoints")
@@ -122,6 +122,42 @@ def test_a_run_keeps_its_tokenizer_and_refuses_another(tmp_path, tokenizer):
     checkpoint.save(tmp_path / "other" / "checkpoints", 1, weights, checkpoint.read_config(last), {}, keep=1)
     with pytest.raises(ValueError, match=r"holds a run with other settings \(tokenizer.weights was"):
         code_trainer(tiny("causal"), tmp_path / "other", tmp_path / "run", CPU)
+
+
+def test_a_run_goes_on_by_its_own_copy_of_the_tokenizer(tmp_path, tokenizer):
+    """Where the tokenizer's run is gone the copy is all there is: it must outlive being named as the tokenizer."""
+    code_trainer(tiny("causal"), tokenizer, tmp_path / "run", CPU).run(until=5)
+    own = tmp_path / "run" / "tokenizer"
+    assert train_codes(tiny("causal"), own, tmp_path / "run", device=CPU, until=10).step == 10
+    read_tokenizer(own, "--run")
+    with pytest.raises(ValueError, match="--out must be another folder than --tokenizer"):
+        train_codes(tiny("causal"), own, own, device=CPU, resume=False)
+    read_tokenizer(own, "--run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "log.jsonl", "tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("mask_and_replace", "diffusion", "process.replaced was 0.2, now None"),
+        ("diffusion", "mask_and_replace", "process.replaced was None, now 0.2"),
+        ("causal", "diffusion", "process.num_timesteps was None, now 256"),
+        ("diffusion", "causal", "process.num_timesteps was 256, now None"),
+    ],
+)
+def test_a_run_of_another_kind_is_refused_by_name(tmp_path, tokenizer, before, after, message):
+    code_trainer(tiny(before), tokenizer, tmp_path, CPU).run(until=5)
+    with pytest.raises(ValueError, match=f"holds a run with other settings .*{message}"):
+        code_trainer(tiny(after), tokenizer, tmp_path, CPU)
+
+
+def test_before_the_first_score_the_latest_average_is_drawn_from(tmp_path, tokenizer):
+    run = code_trainer(tiny("causal"), tokenizer, tmp_path, CPU)
+    run.run(until=5)
+    drawn_from, _, step = read_model(checkpoint.latest(tmp_path / "checkpoints"))
+    assert step == 5
+    for (name, p), (_, q) in zip(run.ema.state_dict().items(), drawn_from.state_dict().items(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_a_number_that_is_not_finite_stops_the_run(tmp_path, tokenizer):
@@ -140,7 +176,7 @@ def test_what_holds_no_tokenizer_is_refused(tmp_path, tokenizer):
 
 
 def test_codes_are_those_of_the_pictures_in_order(tokenizer):
-    vqvae, _ = read_tokenizer(tokenizer, "--tokenizer")
+    vqvae, _, _ = read_tokenizer(tokenizer, "--tokenizer")
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     codes = encoded(vqvae, list(images), batch_size=2, device=CPU)
     assert codes.shape == (5, 16)

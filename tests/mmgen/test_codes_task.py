@@ -63,8 +63,8 @@ def test_the_table_is_of_photographs_that_no_curve_is_of(finished):
     result = json.loads((finished / "results.json").read_text())
     data = load(DataConfig("unseen-photographs", image_size=16), seed=0)
     assert (result["held_out_pictures"], result["test_pictures"]) == (len(data.held_out), len(data.test))
-    tokenizer, _ = codes.read_tokenizer(finished / "causal" / "tokenizer", "--run")
-    model, _ = codes.read_model(checkpoint.latest(finished / "causal" / "checkpoints"))
+    tokenizer, _, _ = codes.read_tokenizer(finished / "causal" / "tokenizer", "--run")
+    model, _, _ = codes.read_model(checkpoint.latest(finished / "causal" / "checkpoints"))
     with torch.no_grad():
         test, held_out = (
             tokenizer.encode(torch.stack([part[i] for i in range(len(part))])).indices.flatten(1)
@@ -124,8 +124,8 @@ def test_completions_keep_the_upper_half(finished):
     from mmgen.presets import CodeSamplingConfig
 
     for kind in ("causal", "diffusion"):
-        tokenizer, _ = codes.read_tokenizer(finished / kind / "tokenizer", "--run")
-        model, process = codes.read_model(checkpoint.latest(finished / kind / "checkpoints"))
+        tokenizer, _, _ = codes.read_tokenizer(finished / kind / "tokenizer", "--run")
+        model, process, _ = codes.read_model(checkpoint.latest(finished / kind / "checkpoints"))
         start = torch.randint(32, (3, 8))
         drawn = codes.draw_codes(model, process, start, CodeSamplingConfig(num_inference_steps=4))
         assert drawn.shape == (3, 16) and torch.equal(drawn[:, :8], start) and drawn.max() < 32
@@ -139,7 +139,7 @@ def test_pictures_are_drawn_from_a_run(finished, tmp_path, capsys, kind):
     main(command.split())
     first = picture.read_bytes()
     assert Image.open(picture).size == (2 * 10 * 17, 2 * 2 * 17)  # ten in a row
-    assert "12 pictures of step 4" in capsys.readouterr().out
+    assert re.search(r"12 pictures of step \d, the best of 4: ", capsys.readouterr().out)
     main(command.split())
     assert picture.read_bytes() == first
     for change in ("--seed 1", "--temperature 0.5", "--top-k 8", *(["--order confidence"] if kind == "diffusion" else [])):
@@ -177,6 +177,7 @@ def test_a_model_of_replaced_codes_is_trained_and_drawn_from(finished, tmp_path)
         ("sample-codes --run {finished}/tokenizer", "error: --run must hold a model of codes, got"),
         ("sample-codes --run {finished}/causal --top-k 33", "error: --top-k must be between 1 and 32, the codes, got 33"),
         ("sample-codes --run {finished}/causal --temperature -1", "error: --temperature must not be negative, got -1.0"),
+        ("sample-codes --run {finished}/causal --temperature nan", "error: --temperature must not be negative, got nan"),
         ("sample-codes --run {finished}/causal --samples 0", "error: --samples must be at least 1, got 0"),
         ("codes --until 0", "error: --until must be a multiple of 50, the steps from one score to the next, got 0"),
         ("codes --until 75", "error: --until must be a multiple of 50, the steps from one score to the next, got 75"),

@@ -128,6 +128,8 @@ def test_folder_trains_on_nine_tenths_and_enlarges_small_pictures(tmp_path):
         (tmp_path / "below").mkdir(exist_ok=True)
         Image.new("RGB", (9, 7), (i, 0, 0)).save(tmp_path / "below" / f"{i:02d}.png")
     (tmp_path / "notes.txt").write_text("not an image")
+    for name in ("paper.pdf", "film.mpg", "data.h5"):  # whose names Pillow knows
+        (tmp_path / name).write_bytes(b"not an image either")
     data = load(DataConfig("folder", path=str(tmp_path), image_size=CROP), seed=0)
 
     def reds(items) -> set[int]:

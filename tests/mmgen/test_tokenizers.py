@@ -112,6 +112,7 @@ def test_the_tokenizer_of_a_vqgan_is_a_vq_vae(finished):
         ("train vqgan --kl-weight 1", "error: --kl-weight is no option of this model"),
         ("train --disc-start 1", "error: --disc-start is no option of this model"),
         ("train vqgan --steps 10", "error: --disc-start must be below --steps, 10"),
+        ("train vqgan --image-size 8", "error: --image-size must be at least 12, of which a discriminator has one patch"),
         ("train vae --image-size 36", "error: --image-size must be divisible by 8, the pixels per token, got 36"),
     ],
 )

@@ -107,6 +107,22 @@ def test_an_interruption_saves_the_step_it_is_at(tmp_path, tiny):
     assert trainer(tiny, tmp_path, CPU).step == 7
 
 
+def test_an_interruption_while_the_last_step_is_saved_is_one(tmp_path, tiny):
+    """Else the next run of a comparison would begin."""
+    run = trainer(tiny, tmp_path, CPU)
+    save = run._save
+
+    def interrupted_save():
+        save()
+        if run.step == run.config.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run._save = interrupted_save
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert trainer(tiny, tmp_path, CPU).step == run.config.steps
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path, tiny):
     train(tiny, tmp_path, device=CPU)
     before = (tmp_path / "log.jsonl").read_text()
