@@ -59,7 +59,12 @@ class MaskAndReplace(Absorbing):
 
     def of_step(self, t: Tensor) -> tuple[Tensor, ...]:
         """The nine numbers of steps t (B,), (B, 1) each, fp64."""
-        return self.rows.to(t.device)[t - 1].unsqueeze(2).unbind(1)
+        return self.rows_on(t.device)[t - 1].unsqueeze(2).unbind(1)
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """They move there and stay: a copy from the host waits for what the device is doing."""
+        self.rows = self.rows.to(device)
+        return self.rows
 
     def logits(self, model: Model, x_t: Tensor, told: Tensor) -> Tensor:
         tau = told.double() / TIMES_TOLD  # (B,)
@@ -71,7 +76,7 @@ class MaskAndReplace(Absorbing):
     def nats(self, model: Model, codes: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
         """What these times (B,) and x_t (B, T) say of the bound on -log p of pictures (B, T), which is their mean; (B,)."""
         logits = self.logits(model, x_t, t * TIMES_TOLD / self.num_timesteps)  # (B, T, K)
-        mean = mk.vq_diffusion_loss(logits, codes, x_t, self.rows.to(t.device), t - 1, reduction="none").loss  # (B,)
+        mean = mk.vq_diffusion_loss(logits, codes, x_t, self.rows_on(t.device), t - 1, reduction="none").loss  # (B,)
         return self.num_timesteps * codes.shape[1] * mean
 
     def draw_nats(self, model: Model, codes: Tensor, key: Tensor) -> Tensor:

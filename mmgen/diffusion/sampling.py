@@ -71,7 +71,10 @@ class Guide:
     def __call__(self, x: Tensor, timestep: float | Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Output with labels, without labels, and what the model says of the variance; (B, C, S, S) each, views."""
         x = torch.cat([x, x]) if self.guided else x
-        t = torch.as_tensor(timestep, device=x.device).expand(len(x))  # (B,)
+        if isinstance(timestep, Tensor):
+            t = timestep.to(x.device, non_blocking=True).expand(len(x))  # (B,)
+        else:
+            t = torch.full((len(x),), timestep, device=x.device)
         output = self.model(x, t, self.labels)  # (B or 2 B, C or 2 C, S, S)
         cond, uncond = output.chunk(2) if self.guided else (output, None)
         variance = cond[:, self.channels :] if cond.shape[1] > self.channels else None

@@ -27,13 +27,14 @@ from mmgen_kernels.schedule.schedulers.steps_shared import Bare
 BY = "mk.scheduler_step"
 FALLS_BACK_WHEN = ("a step has no row in the plan: an option it does not know, broadcast shapes, history from elsewhere",)
 ALPHAS = {"add_noise": noising.by_alphas, "get_velocity": noising.velocity}
+BY_TIMESTEP = tuple(ALPHAS.values())  # which stock looks up in a table, the last level for -1
 NOISING: dict[str, dict[str, Callable[..., Tensor]]] = {
     "DDPMScheduler": ALPHAS,
     "DDIMScheduler": ALPHAS,
     "LCMScheduler": ALPHAS,
     "TCDScheduler": ALPHAS,
     "CogVideoXDDIMScheduler": ALPHAS,
-    "EulerDiscreteScheduler": {"add_noise": noising.by_sigma, "get_velocity": noising.velocity},
+    "EulerDiscreteScheduler": {"add_noise": noising.by_sigma},  # its get_velocity takes alphas_cumprod by the place in the run
     "EulerAncestralDiscreteScheduler": {"add_noise": noising.by_sigma},
     "DPMSolverMultistepScheduler": {"add_noise": noising.by_alpha_and_sigma},
     "DPMSolverSinglestepScheduler": {"add_noise": noising.by_alpha_and_sigma},
@@ -118,13 +119,25 @@ class Noising(Method):
     def __init__(self, scheduler: Any, name: str, function: Callable[..., Tensor]):
         super().__init__(scheduler)
         self.name, self.function = name, function
+        self.arguments = list(inspect.signature(getattr(type(scheduler), name)).parameters)[1:]
 
-    def __call__(self, original_samples: Any, noise: Any, timesteps: Any) -> Any:
-        tensors = (original_samples, noise, timesteps)
-        whole = all(isinstance(t, Tensor) for t in tensors)
-        if not whole or noise.shape != original_samples.shape or timesteps.dim() != 1 or noise.device != original_samples.device:
-            return self.stock(*tensors)
-        return self.function(self.scheduler, *tensors)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        if len(given) < len(args) + len(kwargs) or [*given] != self.arguments or not self.serves(*given.values()):
+            return self.stock(*args, **kwargs)
+        return self.function(self.scheduler, *given.values())
+
+    def serves(self, samples: Any, noise: Any, timesteps: Any) -> bool:
+        """Tensors alike, one timestep a sample; and of those that can be looked at without a wait, none out of range."""
+        if not all(isinstance(t, Tensor) for t in (samples, noise, timesteps)):
+            return False
+        if noise.shape != samples.shape or noise.dtype != samples.dtype or noise.device != samples.device or timesteps.dim() != 1:
+            return False
+        unseen = timesteps.device.type != "cpu" or timesteps.numel() == 0 or torch.compiler.is_compiling()
+        if unseen or self.function not in BY_TIMESTEP:
+            return True
+        least, most = timesteps.aminmax()
+        return int(least) >= 0 and int(most) < len(self.scheduler.alphas_cumprod)
 
 
 def class_of(object: Any, names: Iterable[str] = DEFAULTS) -> str | None:

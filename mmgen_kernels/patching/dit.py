@@ -32,6 +32,8 @@ class ConditionedForward(Forward):
         module: Any = self.module
         if not (isinstance(x, Tensor) and isinstance(c, Tensor) and x.dim() == 3 and c.dim() == 2 and x.dtype in DTYPES):
             return False
+        if len(x) != len(c):  # stock broadcasts one of them
+            return False
         linears = [module.get_submodule(name) for name in self.names_of_linears()]
         if not all(is_plain(linear) for linear in linears) or any(
             has_hooks(child) or "forward" in vars(child) for child in module.modules() if child is not module

@@ -118,6 +118,10 @@ def test_patched_and_back(twin):
         assert type(found[1]) is type(expected[1])
         x, z, t = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 500, 999])
         torch.testing.assert_close(scheduler.add_noise(x, z, t), twin.add_noise(scheduler, x, z, t), rtol=1e-5, atol=1e-5)
+        named = {"original_samples": x, "noise": z, "timesteps": t}
+        assert same_bits(scheduler.add_noise(**named), scheduler.add_noise(x, z, timesteps=t))
+        for given in ((x, z.bfloat16(), t), (x, z, torch.tensor([-1, 0, 5]))):  # of another dtype, or the last level by -1
+            assert same_bits(scheduler.add_noise(*given), twin.add_noise(scheduler, *given))
         again = mk.patch(scheduler)
         assert not again.replaced and again.kept[0].already_patched
     assert vars(scheduler).keys() == vars(twin()).keys()

@@ -225,6 +225,16 @@ def test_other_calls_are_stock(shapes):
         block(x, c)
 
 
+@pytest.mark.parametrize("batches", ((B, 1), (1, B)), ids=("one conditioning for all", "one x for all"))
+def test_a_batch_of_one_is_broadcast_as_in_stock(batches):
+    of_x, of_c = batches
+    for stock in (DiTBlock(D, 2), DiT(depth=1).final_layer):
+        module, x, c = drawn(stock), torch.randn(of_x, T, D), torch.randn(of_c, D)
+        expected = module(x, c)
+        with mk.patch(module, strict=True):
+            torch.testing.assert_close(module(x, c), expected)
+
+
 def test_checkpointing_and_compile():
     model = drawn(DiT(depth=2))
     expected = results(model)

@@ -243,6 +243,8 @@ REFUSED = [
     (lambda: step(clamp=1.0, threshold=(0.9, 1)), ValueError, "clamp and threshold are alternatives"),
     (lambda: step(threshold=0.9), TypeError, r"threshold must be \(ratio, maximum\), got 0.9"),
     (lambda: step(threshold=(1.5, 1)), ValueError, r"threshold must have a ratio in \[0, 1\], got 1.5"),
+    (lambda: step(threshold=(0.5, 0)), ValueError, "threshold must have a maximum above 0, got 0"),
+    (lambda: step(threshold=(0.5, float("nan"))), ValueError, "threshold must have a maximum above 0, got nan"),
     (lambda: step(inputs=pair(2, 3, 8), threshold=(0.5, 1)), ValueError, "threshold has no derivative here"),
     (lambda: step(coefficients=TABLE[:, :2], variance=X), ValueError, r"coefficients must be \(steps, 2 \+ outputs, with a"),
     (lambda: step(coefficients=LEARNED, variance=X[:1]), ValueError, "variance must have inputs"),

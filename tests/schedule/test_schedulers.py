@@ -221,6 +221,44 @@ def test_philox_repeats_and_differs_from_step_to_step_and_run_to_run():
     each = [torch.Generator().manual_seed(s) for s in (3, 5)]
     alone = sampled(scheduler, generator=[torch.Generator().manual_seed(5)], shape=(1, 3, 4, 5))
     assert torch.isfinite(sampled(scheduler, generator=each)[-1]).all() and torch.isfinite(alone[-1]).all()
+    assert torch.isfinite(sampled(scheduler, generator=each[:1])[-1]).all()  # a list of one serves a batch, as for torch's noise
+
+
+@pytest.mark.parametrize(
+    ("class_name", "config"),
+    [
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("KDPM2AncestralDiscreteScheduler", {}),
+        ("CogVideoXDPMScheduler", {}),
+    ],
+)
+def test_philox_has_new_noise_for_each_step_and_the_same_whatever_ran_before(class_name, config, monkeypatch):
+    """Also where a run begins in its middle, or goes on without history: rows of plans are counted from their beginnings."""
+    scheduler = getattr(mk.schedulers, class_name).from_config(config, noise="philox")
+    run, used = Stepper.run, []
+
+    def recorded(stepper, table, k, named, dtypes, noise=None, variance=None):
+        if noise is not None:
+            used.append(tuple(mk.fold_in(noise, k).tolist()))
+        return run(stepper, table, k, named, dtypes, noise, variance)
+
+    monkeypatch.setattr(Stepper, "run", recorded)
+
+    def keys_of(begin):
+        used.clear()
+        scheduler.set_timesteps(16)
+        scheduler.set_begin_index(begin)
+        x, generator = image(1, (1, 2, 3)).float(), torch.Generator().manual_seed(5)
+        for t in scheduler.timesteps[begin:]:
+            x = scheduler.step(torch.tanh(x), timestep=t, sample=x, generator=generator, **past(scheduler))[0]
+        return list(used)
+
+    whole = keys_of(0)
+    late = keys_of(5 + scheduler.order % 2)
+    assert len(set(whole)) == len(whole) > 3 and len(set(late)) == len(late) > 3
+    assert keys_of(0) == whole
 
 
 # -- noising ----------------------------------------------------------------------------------------------------------
@@ -250,6 +288,40 @@ def test_add_noise_and_velocity():
         elsewhere = torch.full((3,), 0.123) if scheduler.timesteps.is_floating_point() else torch.full((3,), 1)
         strange = (x, elsewhere, z) if hasattr(scheduler, "scale_noise") else (x, z, elsewhere)
         assert noised(*strange).isnan().all()  # never silently another level
+
+
+@pytest.mark.parametrize("class_name", ["DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_noising_copies_its_tables_to_a_device_once(class_name):
+    """A copy from the host waits for what the device is doing. What was changed meanwhile is copied anew."""
+    scheduler = made(class_name)
+    scheduler.set_timesteps(20, device="meta")
+    x, t = torch.empty(3, 2, 4, device="meta"), scheduler.timesteps[[2, 19, 7]]
+    copies = []
+    for _ in range(3):
+        with Called() as called:
+            scheduler.add_noise(x, x, t)
+        copies.append(sum(name == "_to_copy" for name in called.names))
+    table = scheduler.alphas_cumprod if class_name == "DDPMScheduler" else scheduler.sigmas
+    t = scheduler.timesteps = torch.arange(3) if class_name == "DDPMScheduler" else torch.tensor([3.0, 2.0, 1.0])
+    x, z = image(1, (3, 2, 4)).float(), image(2, (3, 2, 4)).float()
+    before = scheduler.add_noise(x, z, t)
+    assert same_bits(before, scheduler.add_noise(x, z, t))
+    table.mul_(0.5)
+    assert copies[0] > copies[1] == copies[2] and not torch.equal(before, scheduler.add_noise(x, z, t))
+
+
+@pytest.mark.parametrize("class_name", DEFAULTS)
+def test_a_run_on_a_device_reads_nothing_back(class_name):
+    """From the first step on, without a begin index: a read of a meta tensor raises."""
+    scheduler = made(class_name)
+    mu = {"mu": 0.5} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(6, device="meta", **mu)
+    x, before = torch.empty(2, 3, 4, 5, device="meta"), past(scheduler)
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        results = scheduler.step(seen, timestep=t, sample=x, **before, return_dict=False)
+        x, before = results[0], past(scheduler, t, results)
+    assert x.shape == (2, 3, 4, 5)
 
 
 # -- configs ----------------------------------------------------------------------------------------------------------

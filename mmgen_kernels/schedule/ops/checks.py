@@ -107,6 +107,8 @@ def check_limits(clamp: float | None, threshold: tuple[float, float] | None) -> 
         check_number("threshold", number)
     if not 0 <= threshold[0] <= 1:
         raise ValueError(f"threshold must have a ratio in [0, 1], got {threshold[0]}")
+    if not 0 < threshold[1] < math.inf:
+        raise ValueError(f"threshold must have a maximum above 0, got {threshold[1]}")
 
 
 def check_finite(name: str, value: float) -> None:

@@ -16,7 +16,7 @@ from mmgen_kernels.schedule.planner import DEFAULTS, Run, Schedule, betas
 from mmgen_kernels.schedule.schedulers import noising
 from mmgen_kernels.schedule.schedulers.configuration import Config, Configured
 from mmgen_kernels.schedule.schedulers.noise import NOISES
-from mmgen_kernels.schedule.schedulers.stepper import Stepper
+from mmgen_kernels.schedule.schedulers.stepper import Stepper, place_in
 from mmgen_kernels.schedule.schedulers.steps import ALSO_STEP, STEPS, TUPLES
 from mmgen_kernels.schedule.schedulers.steps_shared import Bare
 
@@ -154,7 +154,9 @@ class Scheduler(Configured):
 
     @torch.inference_mode(False)
     def set_levels(self, levels: Schedule, device: torch.device | str | None = None) -> None:
-        self.timesteps = torch.tensor(levels.timesteps, dtype=getattr(torch, levels.timestep_dtype), device=device)
+        timesteps = torch.tensor(levels.timesteps, dtype=getattr(torch, levels.timestep_dtype))
+        self.timesteps = timesteps if device is None else timesteps.to(device)
+        self.stepper.know(self.timesteps, timesteps.tolist())
         self.sigmas = None if levels.sigmas is None else torch.tensor(levels.sigmas, dtype=torch.float32)
         self.set_initial_noise(levels.init_noise_sigma)
 
@@ -177,8 +179,13 @@ class Scheduler(Configured):
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Where the timestep stands; of two equal ones the second, so that a run entered there skips no level."""
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        value = timestep.to(schedule.device) if isinstance(timestep, Tensor) else timestep
-        found = (schedule == value).nonzero().flatten().tolist()
+        place = place_in(schedule, timestep)
+        if schedule is self.timesteps and place is not None:  # a view of them: what it holds is known on the host
+            numbers = self.stepper.numbers(0, schedule)
+            found = [k for k, t in enumerate(numbers) if t == numbers[place]]
+        else:
+            value = timestep.to(schedule.device) if isinstance(timestep, Tensor) else timestep
+            found = (schedule == value).nonzero().flatten().tolist()
         if not found:
             raise ValueError(f"timestep must be one of scheduler.timesteps, got {timestep}")
         return found[1 if len(found) > 1 else 0]

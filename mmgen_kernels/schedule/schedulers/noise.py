@@ -17,8 +17,7 @@ def randn(shape: Sequence[int], generator: Generators, device: torch.device, dty
     Raises:
         ValueError: for a generator of another accelerator, or a list that has not one for each sample.
     """
-    if not isinstance(generator, torch.Generator) and generator is not None and len(generator) == 1:
-        generator = generator[0]
+    generator = one_of(generator)
     if generator is None or isinstance(generator, torch.Generator):
         where = place_of(generator, device)
         return torch.randn(tuple(shape), generator=generator, device=where, dtype=dtype).to(device)
@@ -27,6 +26,11 @@ def randn(shape: Sequence[int], generator: Generators, device: torch.device, dty
     one = (1, *shape[1:])
     drawn = [torch.randn(one, generator=g, device=place_of(generator[0], device), dtype=dtype) for g in generator]
     return torch.cat(drawn).to(device)
+
+
+def one_of(generator: Generators) -> Generators:
+    """A list of one is that one, as in diffusers."""
+    return generator[0] if isinstance(generator, Sequence) and len(generator) == 1 else generator
 
 
 def place_of(generator: torch.Generator | None, device: torch.device) -> torch.device:
@@ -39,6 +43,7 @@ def place_of(generator: torch.Generator | None, device: torch.device) -> torch.d
 
 def key_from(generator: Generators, device: torch.device) -> Tensor:
     """A key, (2,), or from a list of generators one for each sample, (B, 2)."""
+    generator = one_of(generator)
     if generator is None or isinstance(generator, torch.Generator):
         where = place_of(generator, device)
         key = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator, device=where)

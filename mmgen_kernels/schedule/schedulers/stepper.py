@@ -143,6 +143,10 @@ class Stepper:
         dtype = str(levels[0].dtype).removeprefix("torch.")
         return Schedule(timesteps if alone is None else (float(alone),), dtype, sigmas, alphas)
 
+    def know(self, timesteps: Tensor, numbers: Sequence[float]) -> None:
+        """What timesteps hold, so that no device is asked for it."""
+        self.fetched[0] = timesteps, version_of(timesteps), tuple(numbers)
+
     def numbers(self, i: int, level: Any) -> tuple[Any, ...]:
         """On the host; what a run leaves alone, as a thousand alphas_cumprod, is not fetched again."""
         version, kept = version_of(level), self.fetched.get(i)
@@ -230,12 +234,17 @@ class Stepper:
         return {"m0": m0, **{plan.outputs[i]: o for i, o in zip(left, outputs, strict=True)}}
 
     def draw(self, table: Table, like: Tensor, generator: Generators, dtype: torch.dtype) -> Tensor:
-        """Noise of a step, or the key of the run, into which the operator folds the number of the row."""
+        """Noise of a step, or the key of the run, into which the operator folds the number of the row.
+
+        Rows are counted from where their plan begins: those of a plan that begins later have a key of their own.
+        """
         if self.noise == "torch":
             return randn(like.shape, generator, like.device, dtype)
         if self.key is None or self.key.device != like.device:
             self.key = key_from(generator, like.device)
-        return self.key if table.alone is None else fold_in(self.key, table.alone)
+        if table.alone is not None:
+            return fold_in(self.key, table.alone)
+        return fold_in(self.key, -table.plan.begin) if table.plan.begin else self.key
 
 
 def share_of(row: Sequence[Sequence[float]], inputs: Sequence[str], outputs: int) -> float | None:

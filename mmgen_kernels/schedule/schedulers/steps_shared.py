@@ -119,18 +119,11 @@ def multistep(
 
 
 def with_history(stepper: Stepper, s: Any, k: int, kept: int, full: int, **run: Any) -> tuple[Table, int]:
-    """The plan of a run that began where the scheduler's history does, and its row of step k. More than `full` tell nothing new."""
-    begin = k - kept if kept < full else stepper_begin(stepper, s, k, full, **run)
+    """The plan of a run that began where the scheduler's history does, and its row of step k. `full` tell all there is."""
+    begin = k - kept if kept < full else 0
     if begin < 0:
         raise Unplanned(f"step {k} must have at most {k} steps before it, got a history of {kept}")
     return stepper.table(s, begin=begin, **run), k - begin
-
-
-def stepper_begin(stepper: Stepper, s: Any, k: int, full: int, **run: Any) -> int:
-    """Of a full history any beginning that far back will do: the plan that is there already."""
-    stepper.table(s, **run)  # drops what was planned for other timesteps
-    known = [asked[0] for asked in stepper.tables if asked[0] <= k - full]
-    return max(known, default=max(k - full, 0))
 
 
 def of_evaluation(stepper: Stepper, s: Any, k: int, first: bool, **run: Any) -> tuple[Table, int]:
