@@ -16,6 +16,8 @@ import mmgen_kernels as mk
 from mmgen.models import DiT
 
 START, STEPS = 0, 1  # streams of a sample's key
+PAIR = ("sample", "model_output")
+AT_MOST = 5  # inputs of mk.scheduler_step
 LEARNED = ("learned", "learned_range")  # variance_type of a scheduler that takes the variance behind the prediction
 Named = tuple[str, Mapping[str, Any]]  # of diffusers: class name, config
 
@@ -92,20 +94,24 @@ def planned(guide: Guide, noise: Tensor, scheduler: Named, num_inference_steps: 
         for row, ends in zip(plan.rows, plan.log_variance or [()] * len(plan.rows), strict=True)
     ]
     coefficients = torch.tensor(rows, dtype=torch.float64)  # (steps, 1 + outputs, inputs + 2), a row more with a learned variance
+    used = [[j for j, input in enumerate(plan.inputs) if input in PAIR or any(line[j] for line in row)] for row in plan.rows]
+    if max(map(len, used)) > AT_MOST:
+        raise ValueError(f"{name} has steps of more than {AT_MOST} inputs: give it as an object, mk.schedulers.{name}(**config)")
     x, history = noise * plan.init_noise_sigma, dict[str, Tensor]()
     for i, (t, scale) in enumerate(zip(plan.timesteps, plan.scale_model_input, strict=True)):
         output, uncond, variance = guide(x if scale == 1 else x * scale, t)
         there = {"sample": x, "model_output": output} | history
+        inputs = [plan.inputs[j] for j in used[i]]
         made = mk.scheduler_step(
-            [there.get(name, x) for name in plan.inputs],  # history that is not there yet has coefficients of 0
-            coefficients,
+            [there[name] for name in inputs],
+            coefficients[:, :, [*used[i], -2, -1]],
             i,
             noise=keys if plan.draws_noise[i] else None,
             clamp=plan.clamp[1] if plan.clamp else None,
             threshold=plan.threshold,
             variance=required(variance, config["variance_type"]) if plan.log_variance else None,
             uncond=uncond,
-            guided=plan.inputs.index("model_output"),
+            guided=inputs.index("model_output"),
             guidance_scale=guide.scale,
         )
         there |= dict(zip(plan.outputs, made, strict=True))
