@@ -7,6 +7,7 @@ name in `mk.schedulers`, which has the same config and calls.
 """
 
 import argparse
+import inspect
 import time
 from typing import Any
 
@@ -20,14 +21,14 @@ def run(scheduler: Any, noise: Tensor, steps: int) -> tuple[Tensor, float]:
     """A loop as any pipeline has it; the sample, and milliseconds a step."""
     scheduler.set_timesteps(steps, device=noise.device)
     generator = torch.Generator(noise.device).manual_seed(1)
-    options = {"generator": generator} if "Ancestral" in type(scheduler).__name__ else {}
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise * scheduler.init_noise_sigma
-    outputs = [torch.sin(noise + i) for i in range(steps)]  # of a model, (B, C, H, W) each
+    outputs = [torch.sin(noise + i) for i in range(len(scheduler.timesteps))]  # of a model, (B, C, H, W) each
     start = time.perf_counter()
-    for t, output in zip(scheduler.timesteps, outputs, strict=False):
+    for t, output in zip(scheduler.timesteps, outputs, strict=True):
         scheduler.scale_model_input(x, t)
         x = scheduler.step(output, t, x, **options).prev_sample
-    return x, (time.perf_counter() - start) / steps * 1e3
+    return x, (time.perf_counter() - start) / len(outputs) * 1e3
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from mmgen.models import DiT, DiTConfig
 
 
 def stripes(batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures in [-1, 1], (B, 1, 16, 16), and their classes, (B,)."""
+    """Pictures in [-1, 1], (B, 1, 8, 8), and their classes, (B,)."""
     y = torch.randint(0, 2, (batch_size,), generator=generator)
     phase = 6.28 * torch.rand(batch_size, 1, 1, 1, generator=generator)
     wave = torch.sin(torch.arange(8) * 1.6 + phase)  # (B, 1, 1, 8)
