@@ -24,6 +24,7 @@ from mmgen.tasks.comparison import as_text
 from mmgen.tasks.digits import grid
 from mmgen.tasks.train import read_tokenizer, train, train_codes
 from mmgen.training import CodeDiffusionTrainer, CodeTrainer, checkpoint
+from mmgen.training.diffusion import DRAWN, FRESH, TEST
 
 FRESH_CROPS = 64  # of the photographs trained on, to see how far apart known and unknown ones are
 TIMED_STEPS = 3
@@ -102,8 +103,8 @@ def codes(comparison: CodeComparison, out: Path, *, device: torch.device, resume
             parameters=sum(p.numel() for p in run.model.parameters()),
             best_step=run.best_step,
             held_out_bits=run.best_bits,
-            test=bits(run, test, comparison.replicates, stream=2),
-            fresh_crops=bits(run, known, comparison.replicates, stream=3),
+            test=bits(run, test, comparison.replicates, stream=TEST),
+            fresh_crops=bits(run, known, comparison.replicates, stream=FRESH),
             cpu_seconds_per_step=seconds_per_step(run, fresh),
             cpu_seconds_per_picture=seconds_per_picture,
         )
@@ -179,7 +180,7 @@ def draw(run: CodeTrainer, samples: int, sampling: CodeSamplingConfig, start: Te
 
 def draw_codes(model: Any, process: Absorbing | None, start: Tensor, sampling: CodeSamplingConfig) -> Tensor:
     """(N, T), of which the first codes are `start` (N, t), from a CodeDiffusion with its process or a CodeTransformer without."""
-    key = torch.tensor([sampling.seed, 0], device=start.device)
+    key = mk.fold_in(torch.tensor([sampling.seed, 0], device=start.device), DRAWN)
     keys = mk.fold_in(key, torch.arange(len(start), device=start.device))  # (N, 2)
     if process is None:
         return model.sample(keys, start=start, temperature=sampling.temperature, top_k=sampling.top_k)

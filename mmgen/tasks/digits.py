@@ -21,6 +21,7 @@ from mmgen.models import DiT, DiTConfig
 from mmgen.presets import DiTExperiment, SamplingConfig
 from mmgen.tasks.train import dit_trainer, train_dit
 from mmgen.training import DiTTrainer, DiTTrainingConfig, checkpoint
+from mmgen.training.diffusion import DRAWN
 
 ROUNDS, STEPS_OF_A_ROUND = 7, 3
 BATCH = 250  # samples drawn at once
@@ -58,7 +59,7 @@ def draw(
     model: DiT, labels: Tensor, experiment: DiTExperiment, sampling: SamplingConfig, device: torch.device, scheduler: Any = None
 ) -> Tensor:
     """Images (N, C, S, S) in [-1, 1] of labels (N,), on the CPU; by the objective's own scheduler if none is given."""
-    key = torch.tensor([sampling.seed, 0], device=device)
+    key = mk.fold_in(torch.tensor([sampling.seed, 0], device=device), DRAWN)
     parts = [
         sample(
             model,

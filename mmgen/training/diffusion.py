@@ -15,7 +15,8 @@ from mmgen.diffusion import Objective, ObjectiveConfig
 from mmgen.models import DiT
 from mmgen.training.loop import WARM, Trainer, TrainingConfig
 
-TRAINED, HELD_OUT = 0, 1  # streams of the seed's key
+# Streams of the seed's key: what is scored or drawn with the same seed meets no noise of the training.
+TRAINED, HELD_OUT, TEST, FRESH, DRAWN = range(5)
 
 
 @dataclass(frozen=True)

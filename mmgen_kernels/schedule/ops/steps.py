@@ -76,8 +76,8 @@ def scheduler_step(
 
     NaN: of an element stays with that element; with `threshold` or a rescaled guidance it takes its sample.
 
-    Source: the samplers' papers, named in mmgen_kernels/schedule/planner; Saharia et al. 2022 (dynamic thresholding); Nichol and Dhariwal 2021 (learned
-        range).
+    Source: the samplers' papers, named in mmgen_kernels/schedule/planner; Saharia et al. 2022 (dynamic thresholding); Nichol and
+        Dhariwal 2021 (learned range).
     """
     check_inputs(inputs)
     first = inputs[0]
